@@ -1,0 +1,1 @@
+"""Triton model repository: config.pbtxt, model files, server."""
