@@ -1,0 +1,122 @@
+"""Open an engine folder: check every digest, then hand out one small interface to run it.
+
+The build tool opens engines through this module too, so that the session that passes the gate is the session
+that is served. Imports the standard library, numpy and the engine library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+MANIFEST_FORMAT = 1
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+# ONNX Runtime's SkipLayerNormalization kernel is several times slower on the CPU than the Add and
+# LayerNormalization that it replaces (docs/benchmarks.md, "What was tried").
+_SLOW_FUSIONS = ["SkipLayerNormFusion"]
+
+
+class EngineRefused(Exception):
+    """The engine folder is incomplete, altered, or made for something that is not here."""
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The parsed manifest.json of an engine folder; EngineRefused when it is missing or malformed."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EngineRefused(f"{path}: no manifest, so this is not a finished engine") from None
+    except (OSError, ValueError) as error:
+        raise EngineRefused(f"{path}: unreadable manifest ({error})") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
+        raise EngineRefused(f"{path}: not a manifest of format {MANIFEST_FORMAT}")
+    missing = [key for key in ("engine", "files", "target", "serving", "digest") if key not in manifest]
+    if missing:
+        raise EngineRefused(f"{path}: the manifest has no {', '.join(missing)}")
+    if manifest["digest"] != manifest_digest(manifest):
+        raise EngineRefused(f"{path}: the manifest was altered after the build (its own digest differs)")
+    return manifest
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of the manifest's canonical JSON without its own `digest` field."""
+    rest = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Compare size and SHA-256 of the engine and of every file beside it with the manifest."""
+    expected = {manifest["engine"]["file"]: manifest["engine"], **manifest["files"]}
+    for name, record in expected.items():
+        path = folder / name
+        if path.parent != folder or path.name in {"", ".", ".."}:
+            raise EngineRefused(f"{folder}: the manifest names a file outside its folder: {name!r}")
+        try:
+            size = path.stat().st_size
+        except OSError:
+            raise EngineRefused(f"{path}: missing, though the manifest lists it") from None
+        if size != record["bytes"]:
+            raise EngineRefused(f"{path}: {size} bytes, the manifest says {record['bytes']} (truncated?)")
+        if sha256(path) != record["sha256"]:
+            raise EngineRefused(f"{path}: altered after the build (SHA-256 differs from the manifest)")
+
+
+class Engine:
+    """One loaded engine. `run` takes and returns named arrays and is safe to call from several threads."""
+
+    def __init__(self, manifest: dict[str, Any], session: Any) -> None:
+        self.manifest = manifest
+        self._session = session
+        self._outputs = [output.name for output in session.get_outputs()]
+
+    def run(self, arrays: Arrays) -> dict[str, npt.NDArray[Any]]:
+        return dict(zip(self._outputs, self._session.run(self._outputs, dict(arrays)), strict=True))
+
+
+def open_engine(folder: Path, threads: int | None = None) -> Engine:
+    """Check digests, then load the engine for the target named in its manifest.
+
+    `threads` is the number of compute threads (default: one per core). Raises EngineRefused.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    if manifest["target"] != "onnxruntime":
+        raise EngineRefused(
+            f"{folder}: built for target {manifest['target']!r}; this runtime serves 'onnxruntime' engines"
+        )
+    return Engine(manifest, onnx_session(folder / manifest["engine"]["file"], threads))
+
+
+def onnx_session(model: Path | bytes, threads: int | None = None, *, optimize: bool = True) -> Any:
+    """An ONNX Runtime CPU session with the settings that were measured to be fastest here."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        return ort.InferenceSession(
+            source, options, providers=["CPUExecutionProvider"], disabled_optimizers=_SLOW_FUSIONS
+        )
+    except Exception as error:  # ONNX Runtime raises its own untyped exceptions
+        name = "graph in memory" if isinstance(model, bytes) else str(model)
+        raise EngineRefused(f"{name}: ONNX Runtime refuses it: {str(error).splitlines()[0]}") from error
