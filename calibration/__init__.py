@@ -1,0 +1,1 @@
+"""Texts in, typed and deterministic samples out; the bundled review data."""
