@@ -1,0 +1,158 @@
+"""What a stack file says, as frozen dataclasses; `build_engines.stack` fills and re-exports them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from build_engines.cards import Card
+
+Task = Literal["classify", "embed", "rerank"]
+Precision = Literal["int8", "int8-weights", "fp16", "fp32"]
+Target = Literal["onnxruntime", "tensorrt-rtx", "tensorrt"]
+Overflow = Literal["truncate", "refuse"]
+Pooling = Literal["mean", "cls"]
+CalibrationMethod = Literal["minmax", "percentile", "entropy"]
+Smoothing = Literal["auto", "off"]
+Family = Literal["bert", "roberta", "xlm-roberta", "electra", "distilbert", "modernbert"]
+
+TASKS: Final = ("classify", "embed", "rerank")
+PRECISIONS: Final = ("int8", "int8-weights", "fp16", "fp32")
+TARGETS: Final = ("onnxruntime", "tensorrt-rtx", "tensorrt")
+OVERFLOWS: Final = ("truncate", "refuse")
+POOLINGS: Final = ("mean", "cls")
+METHODS: Final = ("minmax", "percentile", "entropy")
+SMOOTHINGS: Final = ("auto", "off")
+FAMILIES: Final = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "modernbert")
+# Bundled sets by the tasks that can read them: groups of passages, or (labelled) texts.
+BUNDLED_SETS: Final = {"classify": "reviews", "embed": "reviews", "rerank": "ranking"}
+BUNDLED_SPLITS: Final = ("train", "calibration", "evaluation")
+DATA_SUFFIXES: Final = (".jsonl", ".csv", ".txt")
+MAX_MODELS: Final = 64
+# The driver keeps about 400 MiB of a GeForce card for itself, and a desktop takes about 350 (docs/plan.md).
+DEFAULT_RESERVE_MIB: Final = 768
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataRef:
+    """Where texts come from. `path` is None for bundled data ("bundled:<set>:<split>")."""
+
+    spec: str
+    path: Path | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """How activation ranges are found. `percentile`: share of |activation| kept, in percent."""
+
+    data: DataRef | None = None
+    samples: int = 256
+    method: CalibrationMethod = "minmax"
+    percentile: float = 99.99
+    smoothing: Smoothing = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gates:
+    """Accuracy limits against PyTorch FP32; None where the model's task has no such measure."""
+
+    min_mean_cosine: float | None = None
+    min_cosine: float | None = None
+    min_spearman: float | None = None
+    min_agreement: float | None = None
+    max_accuracy_loss: float | None = None
+    max_ndcg_loss: float | None = None
+    min_fp16_cosine: float | None = None
+
+
+DEFAULT_GATES: Final[dict[str, dict[str, float]]] = {
+    "embed": {
+        "min_mean_cosine": 0.995,
+        "min_cosine": 0.98,
+        "min_spearman": 0.99,
+        "min_fp16_cosine": 0.9999,
+    },
+    "classify": {"min_agreement": 0.99, "max_accuracy_loss": 0.01, "min_fp16_cosine": 0.9999},
+    "rerank": {"min_spearman": 0.99, "max_ndcg_loss": 0.01, "min_fp16_cosine": 0.9999},
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Queue:
+    """Triton's queue for one model. Priorities run from 1 (first) to `priority_levels`; 0 levels: none."""
+
+    max_size: int = 1024
+    timeout_ms: int = 10_000
+    max_delay_us: int = 0
+    priority_levels: int = 0
+    default_priority: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """The sizes that decide an encoder's memory. `ffn`: inner width (of one branch where the FFN is gated).
+
+    `embedding`: width of the embedding tables (ELECTRA's may be smaller than `hidden`).
+    `positions`: rows of the position table as stored, offset rows included; 0 for rotary positions.
+    """
+
+    family: Family
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    vocabulary: int
+    embedding: int
+    positions: int = 512
+    token_types: int = 2
+    labels: int = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """One model of the stack. `source_dir` is the checkpoint's folder, or None when `source` is a hub id."""
+
+    name: str
+    task: Task
+    source: str
+    source_dir: Path | None = None
+    revision: str | None = None
+    precisions: tuple[Precision, ...] = ("int8", "fp16")
+    max_batch: int = 64
+    max_length: int = 256
+    overflow: Overflow = "truncate"
+    pooling: Pooling | None = None
+    normalize: bool = True
+    shape: ModelShape | None = None
+    allow_pickle: bool = False
+    allow_remote_code: bool = False
+    calibration: Calibration = Calibration()
+    evaluation: DataRef | None = None
+    gates: Gates = Gates()
+    queue: Queue = Queue()
+    cache: bool = False
+    instances: int = 1
+
+    @property
+    def variants(self) -> dict[Precision, str]:
+        """Precision to Triton model name: the first precision answers to the plain name."""
+        first, *others = self.precisions
+        return {first: self.name} | {precision: f"{self.name}-{precision}" for precision in others}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stack:
+    """A whole stack file. `path` is the file; `build_dir` is where every stage writes."""
+
+    name: str
+    path: Path
+    card: Card
+    targets: tuple[Target, ...]
+    models: dict[str, Model]
+    reserve_mib: int
+    build_dir: Path
+
+    def checkpoint_dir(self, model: Model) -> Path:
+        """The checkpoint's folder: the stack file's own, or where `fetch` puts a hub download."""
+        return model.source_dir or self.build_dir / "sources" / model.name
