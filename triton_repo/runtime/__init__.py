@@ -1,0 +1,21 @@
+"""All that a served model file may import: the standard library, numpy, tokenizers and the engine library.
+
+The writer copies this package beside every model.py and records its fingerprint in config.pbtxt, so that a
+repository always runs the code it was written with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+
+def fingerprint(package: Path | None = None) -> str:
+    """SHA-256 over the names and contents of the runtime's source files (this package's by default)."""
+    folder = package or Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        source = path.read_bytes()
+        digest.update(f"{path.name}:{len(source)}\n".encode())
+        digest.update(source)
+    return digest.hexdigest()

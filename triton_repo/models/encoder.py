@@ -1,0 +1,121 @@
+"""Triton Python-backend model for the encoder tasks: text in, answer out.
+
+Copied verbatim as <model>/1/model.py beside the engine, its tokenizer and its own copy of
+`triton_repo.runtime`. Everything but Triton's own tensors is in `triton_repo.runtime.service`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_METRIC_INTERVAL_S = 0.5
+
+
+class TritonPythonModel:
+    """Triton creates one per instance, in a process of its own."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Open the engine after checking every digest; what is wrong becomes Triton's load error."""
+        import triton_python_backend_utils as pb_utils
+
+        self._pb = pb_utils
+        folder = Path(args["model_repository"]) / args["model_version"]
+        # Before everything installed: the repository runs the runtime that it was written with.
+        sys.path.insert(0, str(folder))
+        config = json.loads(args["model_config"])
+        parameters = {name: entry["string_value"] for name, entry in config["parameters"].items()}
+        self._check_runtime(parameters)
+        from triton_repo.runtime.encode import Encoder
+        from triton_repo.runtime.service import EncoderService
+        from triton_repo.runtime.session import EngineRefused
+        from triton_repo.runtime.texts import BadRequest
+        from triton_repo.runtime.tokenization import TokenizerRefused
+
+        self._bad_request = BadRequest
+        threads = int(parameters["threads"]) if "threads" in parameters else None
+        try:
+            self._service = EncoderService(Encoder.open(folder, threads))
+        except (EngineRefused, TokenizerRefused) as error:
+            raise pb_utils.TritonModelException(f"engine refused: {error}") from None
+        self._inputs = self._service.inputs
+        self._metrics = _Counters(pb_utils, args["model_name"])
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """One response per request, in order."""
+        pb_utils = self._pb
+        arrays = [
+            {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self._inputs}
+            for request in requests
+        ]
+        responses = []
+        for answer in self._service.answer(arrays):
+            if isinstance(answer, dict):
+                tensors = [pb_utils.Tensor(name, value) for name, value in answer.items()]
+                responses.append(pb_utils.InferenceResponse(output_tensors=tensors))
+                continue
+            code = (
+                pb_utils.TritonError.INVALID_ARG
+                if isinstance(answer, self._bad_request)
+                else pb_utils.TritonError.INTERNAL
+            )
+            responses.append(pb_utils.InferenceResponse(error=pb_utils.TritonError(str(answer), code)))
+        self._metrics.report(self._service)
+        return responses
+
+    def finalize(self) -> None:
+        """Free the engine before the interpreter goes."""
+        self._metrics.report(self._service, now=True)
+        del self._service
+
+    def _check_runtime(self, parameters: dict[str, str]) -> None:
+        from triton_repo.runtime import __file__ as origin
+        from triton_repo.runtime import fingerprint
+
+        if fingerprint() != parameters["runtime"]:
+            raise self._pb.TritonModelException(
+                f"engine refused: {Path(origin).parent} is not the runtime that this repository was written "
+                "with; write the repository again"
+            )
+
+
+class _Counters:
+    """Tokens computed, padding computed and texts truncated, as Triton metrics.
+
+    A metric costs a round trip to the server process, so differences are sent at most twice a second.
+    """
+
+    def __init__(self, pb_utils: Any, model: str) -> None:
+        self._metrics: dict[str, Any] = {}
+        self._families = []
+        self._sent = {"tokens": 0, "padding": 0, "truncated": 0}
+        self._due = 0.0
+        for name, description in (
+            ("tokens", "Tokens of texts that were computed"),
+            ("padding", "Padding tokens that were computed beside them"),
+            ("truncated", "Texts that lost tokens to the length limit"),
+        ):
+            family = pb_utils.MetricFamily(
+                name=f"onecard_{name}_total", description=description, kind=pb_utils.MetricFamily.COUNTER
+            )
+            self._families.append(family)
+            self._metrics[name] = family.Metric(labels={"model": model})
+
+    def report(self, service: Any, *, now: bool = False) -> None:
+        clock = time.monotonic()
+        if clock < self._due and not now:
+            return
+        self._due = clock + _METRIC_INTERVAL_S
+        counts = {
+            "tokens": service.encoder.tokens,
+            "padding": service.encoder.padding,
+            "truncated": service.truncated,
+        }
+        for name, count in counts.items():
+            if count > self._sent[name]:
+                self._metrics[name].increment(count - self._sent[name])
+                self._sent[name] = count

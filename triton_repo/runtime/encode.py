@@ -1,0 +1,102 @@
+"""Token rows to engine outputs: rows of similar length share a run, results come back in the order given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from triton_repo.runtime.grouping import measure_overhead, plan_groups
+from triton_repo.runtime.session import open_engine
+from triton_repo.runtime.texts import EngineFailed
+from triton_repo.runtime.tokenization import Row, TextTokenizer
+
+# The output of each task's graph that the answer is made from.
+ANSWER_OUTPUT = {"classify": "probabilities", "embed": "embeddings", "rerank": "scores"}
+
+
+class RunsEngine(Protocol):
+    """What this module needs of an engine; `runtime.session.Engine` is one."""
+
+    manifest: dict[str, Any]
+
+    def run(self, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]: ...
+
+
+class Encoder:
+    """An engine with its tokenizer. Counts real and padded tokens in `tokens` and `padding`."""
+
+    def __init__(
+        self, engine: RunsEngine, tokenizer: TextTokenizer, *, overhead: float | None = None
+    ) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        serving = engine.manifest["serving"]
+        self.task: str = engine.manifest["task"]
+        self.max_batch: int = serving["max_batch"]
+        self._inputs = frozenset(serving["inputs"])
+        self._pad_id: int = serving["pad_id"]
+        self._output = ANSWER_OUTPUT[self.task]
+        self.tokens = 0
+        self.padding = 0
+        if overhead is None:
+            width = min(64, tokenizer.max_length)
+            overhead = measure_overhead(self._dry_run, batch=min(8, self.max_batch), width=width)
+        self.overhead = overhead
+
+    @classmethod
+    def open(cls, folder: Path, threads: int | None = None) -> Encoder:
+        """Open an engine folder (digests checked). Raises EngineRefused or TokenizerRefused."""
+        engine = open_engine(folder, threads)
+        tokenizer = TextTokenizer(
+            Path(folder) / "tokenizer.json", max_length=engine.manifest["serving"]["max_length"]
+        )
+        return cls(engine, tokenizer)
+
+    def encode(self, rows: Sequence[Row]) -> list[npt.NDArray[Any] | EngineFailed]:
+        """The task's output for every row, in order: probabilities [labels], embedding [dim], or score [].
+
+        A run that breaks fails only the rows that were in it.
+        """
+        answer: list[npt.NDArray[Any] | EngineFailed] = [_NOT_RUN] * len(rows)
+        lengths = [len(row.ids) for row in rows]
+        for group in plan_groups(lengths, max_batch=self.max_batch, overhead=self.overhead):
+            width = lengths[group[-1]]
+            try:
+                values = self.engine.run(self._arrays([rows[index] for index in group], width))[self._output]
+            except Exception as error:  # whatever the engine library raises
+                failure = EngineFailed(f"the engine failed on {len(group)} x {width} tokens: {error}")
+                for index in group:
+                    answer[index] = failure
+                continue
+            for index, value in zip(group, values, strict=True):
+                answer[index] = value
+            real = sum(lengths[index] for index in group)
+            self.tokens += real
+            self.padding += len(group) * width - real
+        return answer
+
+    def _arrays(self, rows: Sequence[Row], width: int) -> dict[str, npt.NDArray[np.int64]]:
+        ids = np.full((len(rows), width), self._pad_id, dtype=np.int64)
+        mask = np.zeros((len(rows), width), dtype=np.int64)
+        for position, row in enumerate(rows):
+            length = len(row.ids)
+            ids[position, :length] = row.ids
+            mask[position, :length] = 1
+        arrays = {"input_ids": ids, "attention_mask": mask}
+        if "token_type_ids" in self._inputs:
+            types = np.zeros((len(rows), width), dtype=np.int64)
+            for position, row in enumerate(rows):
+                types[position, : len(row.types)] = row.types
+            arrays["token_type_ids"] = types
+        return arrays
+
+    def _dry_run(self, batch: int, width: int) -> None:
+        row = Row([self._pad_id] * width, [0] * width, False)
+        self.engine.run(self._arrays([row] * batch, width))
+
+
+_NOT_RUN = EngineFailed("the row was not run")
