@@ -1,0 +1,97 @@
+"""Replace a folder or a file as a whole: readers see the old one or the new one, never a mixture."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from build_engines.errors import RepositoryError
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+@contextlib.contextmanager
+def replaced_folder(out: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; on success it takes the place of `out`, on an error it vanishes.
+
+    A lock beside `out` keeps a second writer away; the kernel frees it when its holder dies, so whatever a
+    killed run left aside is known to be rubbish and is removed by the next run.
+    """
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(out.parent / f".{out.name}.lock", out):
+        for leftover in out.parent.glob(f".{out.name}.aside-*"):
+            shutil.rmtree(leftover)
+        aside = out.parent / f".{out.name}.aside-{os.getpid()}"
+        aside.mkdir()
+        try:
+            yield aside
+            _swap(aside, out)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.aside-{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def link_or_copy(source: Path, destination: Path) -> None:
+    """A hard link where the file system allows one, otherwise a copy."""
+    try:
+        os.link(source, destination)
+    except OSError as error:
+        if error.errno not in {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES}:
+            raise
+        shutil.copyfile(source, destination)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, out: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RepositoryError(
+                f"{out} is being written by another process", next_step="wait for it, then run again"
+            ) from None
+        yield
+
+
+def _swap(aside: Path, out: Path) -> None:
+    """Put `aside` in the place of `out`; what was there ends up in `aside`."""
+    if not out.exists():
+        aside.rename(out)
+        return
+    if not _exchange(aside, out):
+        # No atomic exchange on this system: for a moment there is no `out`.
+        retired = aside.with_name(f"{aside.name}-old")
+        out.rename(retired)
+        aside.rename(out)
+        retired.rename(aside)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two paths atomically (Linux renameat2); False where that does not exist."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}:
+        return False
+    raise OSError(code, os.strerror(code), str(second))

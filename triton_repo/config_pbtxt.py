@@ -1,0 +1,145 @@
+"""config.pbtxt as the protobuf message that tritonclient ships, rendered to text and parsed back.
+
+A typed `ConfigSpec` becomes a `ModelConfig` message, so that a misspelt field cannot be written; the text is
+parsed again and compared with the message before anyone gets it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from build_engines.errors import RepositoryError
+
+DataType = Literal["STRING", "FP32", "BOOL", "INT32", "INT64"]
+InstanceKind = Literal["KIND_CPU", "KIND_GPU"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One input or output; `dims` without the batch dimension, -1 for a size that differs per request.
+
+    `ragged`: requests whose sizes differ may share a batch.
+    """
+
+    name: str
+    data_type: DataType
+    dims: tuple[int, ...]
+    ragged: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchingSpec:
+    """Dynamic batching and its queue. A request that finds `max_queue_size` others waiting is rejected, so
+    is one that waited `timeout_us`. A request may ask for a shorter timeout, never for a longer one.
+
+    `max_delay_us` 0 sends whatever waits as soon as the model is free: under load batches form by themselves.
+    `priority_levels` 0 turns priorities off; 1 is the first to run.
+    """
+
+    max_queue_size: int
+    timeout_us: int
+    max_delay_us: int = 0
+    priority_levels: int = 0
+    default_priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupSpec:
+    """A request that Triton sends before the model is ready: per input its dims and a file in `warmup/`."""
+
+    name: str
+    files: Mapping[str, tuple[tuple[int, ...], str]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigSpec:
+    """Everything config.pbtxt says about one Python-backend model."""
+
+    name: str
+    max_batch: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    batching: BatchingSpec | None
+    kind: InstanceKind = "KIND_CPU"
+    instances: int = 1
+    cache: bool = False
+    warmup: tuple[WarmupSpec, ...] = ()
+    parameters: Mapping[str, str] = field(default_factory=dict)
+
+
+def to_message(spec: ConfigSpec) -> Any:
+    """The ModelConfig message of a spec. Raises RepositoryError for a combination that Triton refuses."""
+    from tritonclient.grpc import model_config_pb2 as pb
+
+    message = pb.ModelConfig(name=spec.name, backend="python", max_batch_size=spec.max_batch)
+    types = {tensor.name: pb.DataType.Value(f"TYPE_{tensor.data_type}") for tensor in spec.inputs}
+    for tensor in spec.inputs:
+        message.input.add(
+            name=tensor.name,
+            data_type=types[tensor.name],
+            dims=tensor.dims,
+            allow_ragged_batch=tensor.ragged,
+        )
+    for tensor in spec.outputs:
+        kind = pb.DataType.Value(f"TYPE_{tensor.data_type}")
+        message.output.add(name=tensor.name, data_type=kind, dims=tensor.dims)
+    if spec.batching is not None:
+        if spec.max_batch < 1:
+            raise RepositoryError(f"{spec.name}: dynamic batching needs max_batch_size of at least 1")
+        message.dynamic_batching.CopyFrom(_batching(pb, spec.name, spec.batching))
+    message.instance_group.add(kind=pb.ModelInstanceGroup.Kind.Value(spec.kind), count=spec.instances)
+    if spec.cache:
+        message.response_cache.enable = True
+    for warmup in spec.warmup:
+        sample = message.model_warmup.add(name=warmup.name, batch_size=1 if spec.max_batch else 0)
+        for name, (dims, file) in warmup.files.items():
+            entry = sample.inputs[name]
+            entry.data_type, entry.input_data_file = types[name], file
+            entry.dims.extend(dims)
+    for name, value in spec.parameters.items():
+        message.parameters[name].string_value = value
+    return message
+
+
+def render(message: Any) -> str:
+    """The text of a ModelConfig message. Raises RepositoryError unless it parses back to an equal message."""
+    from google.protobuf import text_format
+
+    text: str = text_format.MessageToString(message, as_utf8=True)
+    if message.max_batch_size == 0:
+        # Protobuf leaves out a zero, but to Triton a missing field means "complete the config yourself".
+        text += "max_batch_size: 0\n"
+    if parse(text) != message:
+        raise RepositoryError(f"{message.name}: config.pbtxt does not parse back to what was written")
+    return text
+
+
+def parse(text: str) -> Any:
+    """The ModelConfig message of a config.pbtxt. Raises RepositoryError naming line and column."""
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2 as pb
+
+    try:
+        return text_format.Parse(text, pb.ModelConfig())
+    except text_format.ParseError as error:
+        raise RepositoryError(f"config.pbtxt: {error}") from None
+
+
+def _batching(pb: Any, name: str, spec: BatchingSpec) -> Any:
+    if spec.priority_levels and not 1 <= spec.default_priority <= spec.priority_levels:
+        raise RepositoryError(
+            f"{name}: default priority {spec.default_priority} is outside 1..{spec.priority_levels}"
+        )
+    return pb.ModelDynamicBatching(
+        max_queue_delay_microseconds=spec.max_delay_us,
+        priority_levels=spec.priority_levels,
+        default_priority_level=spec.default_priority if spec.priority_levels else 0,
+        default_queue_policy=pb.ModelQueuePolicy(
+            timeout_action=pb.ModelQueuePolicy.REJECT,
+            default_timeout_microseconds=spec.timeout_us,
+            allow_timeout_override=True,
+            max_queue_size=spec.max_queue_size,
+        ),
+    )

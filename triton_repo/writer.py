@@ -1,0 +1,150 @@
+"""Engines to a Triton model repository, written aside and renamed.
+
+    <repository>/<Triton model>/config.pbtxt
+    <repository>/<Triton model>/warmup/text
+    <repository>/<Triton model>/1/model.py, manifest.json, engine and tokenizer files (hard links)
+    <repository>/<Triton model>/1/triton_repo/__init__.py, runtime/*.py
+
+Beside it: stack.json, which tells the client what is served, and evaluation/<model>.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from build_engines.errors import ArtifactError, OnecardError, RepositoryError
+from build_engines.stack import Model, Stack
+from triton_repo.atomic import link_or_copy, replaced_folder, write_text
+from triton_repo.config_pbtxt import render, to_message
+from triton_repo.encoders import WARMUP_FILE, encoder_spec, warmup_bytes
+from triton_repo.runtime import fingerprint
+from triton_repo.runtime.session import EngineRefused, check_files, read_manifest
+
+_PACKAGE = Path(__file__).parent
+_MODEL_FILE = _PACKAGE / "models" / "encoder.py"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One model of the repository: a finished engine under its Triton name."""
+
+    name: str
+    model: Model
+    folder: Path
+    manifest: dict[str, Any]
+
+
+def write_repository(stack: Stack, engines_dir: Path, out: Path, *, target: str = "onnxruntime") -> Path:
+    """Write the repository of every engine of `stack` for `target` to `out` and return `out`.
+
+    Engines are read from engines_dir/<model>/<precision>/<target>. Raises ArtifactError for a missing or
+    altered engine, RepositoryError when the repository cannot be written; `out` is then as it was before.
+    """
+    entries = [entry for model in stack.models.values() for entry in _entries(model, engines_dir, target)]
+    if not entries:
+        raise RepositoryError(f"{stack.path}: no model of this stack has an engine for target {target}")
+    runtime = fingerprint()
+    try:
+        with replaced_folder(out) as aside:
+            for entry in entries:
+                _write_model(entry, aside / entry.name, runtime)
+        _write_summary(stack, entries, out.absolute().parent)
+    except OnecardError:
+        raise
+    except OSError as error:
+        raise RepositoryError(
+            f"{out}: cannot be written ({error.strerror or error})",
+            cause="the disk is full or the folder is read-only",
+            next_step="free space or name another folder, then run again; nothing half-written is left",
+        ) from error
+    return out
+
+
+def _entries(model: Model, engines_dir: Path, target: str) -> list[Entry]:
+    entries = []
+    for precision, name in model.variants.items():
+        # FP32 graphs are made for ONNX Runtime alone.
+        if precision == "fp32" and target != "onnxruntime":
+            continue
+        folder = engines_dir / model.name / precision / target
+        try:
+            manifest = read_manifest(folder)
+            check_files(folder, manifest)
+        except EngineRefused as error:
+            raise ArtifactError(str(error), next_step="build the engine again: build-engines build") from None
+        expected = {"model": model.name, "task": model.task, "precision": precision, "target": target}
+        wrong = {key: manifest.get(key) for key, value in expected.items() if manifest.get(key) != value}
+        if wrong:
+            raise ArtifactError(
+                f"{folder}: the engine was built for {wrong}, this place is for {expected}",
+                next_step="build the engine again: build-engines build",
+            )
+        entries.append(Entry(name, model, folder, manifest))
+    return entries
+
+
+def _write_model(entry: Entry, folder: Path, runtime: str) -> None:
+    version = folder / "1"
+    version.mkdir(parents=True)
+    spec = encoder_spec(entry.model, entry.name, entry.manifest, runtime)
+    (folder / "config.pbtxt").write_text(render(to_message(spec)), encoding="utf-8")
+    (folder / "warmup").mkdir()
+    (folder / "warmup" / WARMUP_FILE).write_bytes(warmup_bytes())
+    for name in ("manifest.json", entry.manifest["engine"]["file"], *entry.manifest["files"]):
+        link_or_copy(entry.folder / name, version / name)
+    shutil.copyfile(_MODEL_FILE, version / "model.py")
+    package = version / "triton_repo"
+    (package / "runtime").mkdir(parents=True)
+    shutil.copyfile(_PACKAGE / "__init__.py", package / "__init__.py")
+    for source in sorted((_PACKAGE / "runtime").glob("*.py")):
+        shutil.copyfile(source, package / "runtime" / source.name)
+
+
+def _write_summary(stack: Stack, entries: list[Entry], folder: Path) -> None:
+    models: dict[str, Any] = {}
+    for entry in entries:
+        model, serving = entry.model, entry.manifest["serving"]
+        record = models.setdefault(
+            model.name,
+            {
+                "task": model.task,
+                "source": str(stack.checkpoint_dir(model).absolute()),
+                "variants": {},
+                "evaluation": _write_evaluation(model, folder / "evaluation" / f"{model.name}.jsonl"),
+                "max_length": serving["max_length"],
+                "max_batch": serving["max_batch"],
+                "labels": serving.get("labels"),
+                "overflow": serving["overflow"],
+                "pooling": serving.get("pooling") or model.pooling,
+                "normalize": model.normalize,
+            },
+        )
+        record["variants"][entry.manifest["precision"]] = entry.name
+    summary = {"stack": stack.name, "target": entries[0].manifest["target"], "models": models}
+    write_text(folder / "stack.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write_evaluation(model: Model, out: Path) -> str | None:
+    """Copy the evaluation data as JSONL, so that the client needs nothing of the build tool to read it."""
+    if model.evaluation is None:
+        return None
+    from calibration.samples import load_groups, load_texts
+
+    reference = model.evaluation.path or model.evaluation.spec
+    records: list[dict[str, Any]]
+    if model.task == "rerank":
+        records = [
+            {"query": group.query, "passages": group.passages, "relevance": group.relevance}
+            for group in load_groups(reference)
+        ]
+    else:
+        records = [
+            {"text": review.text} | ({} if review.label is None else {"label": review.label})
+            for review in load_texts(reference)
+        ]
+    write_text(out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    return str(out)
