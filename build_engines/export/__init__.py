@@ -1,0 +1,19 @@
+"""Hugging Face encoder checkpoints in, ONNX graphs out; no torch anywhere on the way.
+
+`export_encoder` writes the FP32 graph, `to_fp16` turns any FP32 graph of ours (with or without Q/DQ) into FP16.
+The names that the other stages rely on are listed in `build_engines.export.encoder`.
+"""
+
+from build_engines.export.encoder import ExportedGraph, export_encoder
+from build_engines.export.graph import read_graph, save_graph, verify_graph
+from build_engines.export.half import to_fp16, to_fp16_file
+
+__all__ = [
+    "ExportedGraph",
+    "export_encoder",
+    "read_graph",
+    "save_graph",
+    "to_fp16",
+    "to_fp16_file",
+    "verify_graph",
+]

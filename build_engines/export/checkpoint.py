@@ -1,0 +1,223 @@
+"""A checkpoint folder read tensor by tensor: config.json and safetensors (one file or shards), nothing else.
+
+The safetensors header is parsed here rather than through the library because numpy has no bfloat16 and the
+library's numpy reader refuses it; the format is a length, a JSON table and raw bytes
+(https://huggingface.co/docs/safetensors/index#format). One tensor is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from build_engines.errors import ExportError
+
+FloatArray = npt.NDArray[np.float32]
+Array = npt.NDArray[Any]
+
+# Widths of the storage types a float weight may have; BF16 is widened by hand.
+_NUMPY_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_MAX_HEADER_BYTES = 100 << 20
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.bin")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies: absolute byte range [start, end) of `file`."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """Tensors of one folder by name; remembers which were read, so that nothing is left out in silence."""
+
+    folder: Path
+    config: dict[str, Any]
+    entries: dict[str, TensorEntry]
+    used: set[str] = field(default_factory=set)
+
+    def has(self, name: str) -> bool:
+        return name in self.entries
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.entry(name).shape
+
+    def entry(self, name: str) -> TensorEntry:
+        try:
+            return self.entries[name]
+        except KeyError:
+            raise missing_tensors(self, [name]) from None
+
+    def claim(self, name: str, shape: tuple[int, ...]) -> None:
+        """Mark a tensor as used and check its shape now, long before its bytes are wanted.
+
+        Raises:
+            ExportError: the tensor is missing, or its shape is not what config.json promises.
+        """
+        found = self.entry(name).shape
+        if found != shape:
+            raise ExportError(
+                f"{self.folder}: tensor {name} has shape {list(found)}, config.json implies {list(shape)}",
+                cause="config.json and the weights belong to different models, or heads were pruned",
+                next_step="use a folder whose config.json was saved together with its weights",
+            )
+        self.used.add(name)
+
+    def read(self, name: str) -> FloatArray:
+        """Return the tensor as contiguous float32, whatever float type it is stored in."""
+        entry = self.entry(name)
+        if entry.dtype not in _NUMPY_TYPES:
+            raise ExportError(
+                f"{self.folder}: tensor {name} is stored as {entry.dtype}, not as floats",
+                cause="the checkpoint was quantized already",
+                next_step="export from the original FP32, FP16 or BF16 checkpoint",
+            )
+        count = int(np.prod(entry.shape, dtype=np.int64))
+        raw: Array = np.fromfile(entry.file, dtype=_NUMPY_TYPES[entry.dtype], count=count, offset=entry.start)
+        if raw.size != count:
+            raise _damaged(entry.file, "it ends before its last tensor")
+        if entry.dtype == "BF16":
+            raw = (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return np.ascontiguousarray(raw, dtype=np.float32).reshape(entry.shape)
+
+    def unused(self, harmless: Iterable[str]) -> list[str]:
+        """Names neither read nor matched by one of the `harmless` regular expressions."""
+        patterns = [re.compile(pattern) for pattern in harmless]
+        left = (name for name in self.entries if name not in self.used)
+        return sorted(name for name in left if not any(p.search(name) for p in patterns))
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read config.json and the table of tensors of `folder`; no weight is loaded.
+
+    Raises:
+        ExportError: a file is missing or damaged, or the weights are pickled.
+    """
+    config = read_json(folder / "config.json")
+    return Checkpoint(folder, config, read_weights_table(folder))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ExportError(
+            f"{path} does not exist",
+            cause="the folder is not a Hugging Face checkpoint, or its download did not finish",
+            next_step="run `build-engines fetch STACK`, or point `source` at the folder that holds config.json",
+        )
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ExportError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ExportError(f"{path} holds a {type(loaded).__name__}, not a JSON object")
+    return loaded
+
+
+def read_weights_table(folder: Path) -> dict[str, TensorEntry]:
+    """Name -> place of every tensor in the folder's safetensors file or shards."""
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return _canonical(_read_header(single), folder)
+    if index.is_file():
+        return _canonical(_read_shards(index), folder)
+    pickles = [name for name in _PICKLES if (folder / name).is_file()]
+    if pickles:
+        raise ExportError(
+            f"{folder} holds pickled weights ({pickles[0]}), the export reads safetensors only",
+            cause="loading a pickle runs whatever code is inside it",
+            next_step="ask for a safetensors revision of the model, or convert it in a place you trust",
+        )
+    raise ExportError(
+        f"{folder} holds no model.safetensors",
+        cause="the folder is incomplete, or is not a checkpoint",
+        next_step="run `build-engines fetch STACK`",
+    )
+
+
+def missing_tensors(checkpoint: Checkpoint, names: list[str]) -> ExportError:
+    architectures = ", ".join(checkpoint.config.get("architectures") or []) or "not stated"
+    return ExportError(
+        f"{checkpoint.folder}: the weights lack {', '.join(names)}",
+        cause=f"the checkpoint was saved by another architecture (config.json: {architectures}) or is incomplete",
+        next_step="use the task this checkpoint was trained for, or fetch it again",
+    )
+
+
+def _read_shards(index: Path) -> dict[str, TensorEntry]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ExportError(f"{index} has no weight_map")
+    entries: dict[str, TensorEntry] = {}
+    for shard in sorted(set(weight_map.values())):
+        # A shard name is a plain file name: an index must not be able to point outside its folder.
+        path = index.parent / Path(shard).name
+        if not path.is_file():
+            raise ExportError(f"{path} is named by {index.name} but does not exist",
+                              next_step="run `build-engines fetch STACK` to finish the download")
+        entries.update(_read_header(path))
+    lost = sorted(set(weight_map) - set(entries))
+    if lost:
+        raise ExportError(f"{index} promises tensors that no shard holds: {', '.join(lost[:5])}")
+    return entries
+
+
+def _read_header(path: Path) -> dict[str, TensorEntry]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise _damaged(path, "it is shorter than a header")
+        length = struct.unpack("<Q", prefix)[0]
+        if length > min(size - 8, _MAX_HEADER_BYTES):
+            raise _damaged(path, f"its header claims {length} bytes")
+        try:
+            table = json.loads(file.read(length))
+            return {
+                name: _entry(path, 8 + length, info) for name, info in table.items() if name != "__metadata__"
+            }
+        except (UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _damaged(path, f"its header cannot be read ({error})") from error
+
+
+def _entry(path: Path, base: int, info: dict[str, Any]) -> TensorEntry:
+    start, end = (base + int(offset) for offset in info["data_offsets"])
+    shape = tuple(int(size) for size in info["shape"])
+    if not base <= start <= end <= path.stat().st_size:
+        raise _damaged(path, "it is shorter than its header says")
+    width = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}.get(info["dtype"])
+    if width and end - start != width * int(np.prod(shape, dtype=np.int64)):
+        raise _damaged(path, f"a tensor of shape {list(shape)} does not fill its {end - start} bytes")
+    return TensorEntry(path, str(info["dtype"]), shape, start, end)
+
+
+def _canonical(entries: dict[str, TensorEntry], folder: Path) -> dict[str, TensorEntry]:
+    """Give the norms of checkpoints converted from TensorFlow (gamma, beta) their present names."""
+    renamed = {
+        re.sub(r"(LayerNorm\.)(gamma|beta)$", lambda m: m[1] + ("weight" if m[2] == "gamma" else "bias"), name): entry
+        for name, entry in entries.items()
+    }
+    if len(renamed) != len(entries):
+        raise ExportError(f"{folder}: a norm is stored both as gamma/beta and as weight/bias")
+    return renamed
+
+
+def _damaged(path: Path, detail: str) -> ExportError:
+    return ExportError(
+        f"{path} is damaged: {detail}",
+        cause="the download or copy was cut short, or the file was altered",
+        next_step="delete it and run `build-engines fetch STACK`",
+    )

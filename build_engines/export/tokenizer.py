@@ -1,0 +1,73 @@
+"""tokenizer.json beside the graph: copied, or built from the slow tokenizer's files by transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from build_engines.errors import ExportError
+from build_engines.export.checkpoint import read_json
+
+
+def write_tokenizer(folder: Path, out: Path, vocabulary: int) -> Path:
+    """Write `out`/tokenizer.json for the checkpoint in `folder`.
+
+    Args:
+        vocabulary: rows of the embedding table; the tokenizer must not know a larger id.
+
+    Raises:
+        ExportError: there is no usable tokenizer, or it belongs to another model.
+    """
+    from tokenizers import Tokenizer
+
+    source = folder / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(source)) if source.is_file() else _from_slow(folder)
+    except ExportError:
+        raise
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ExportError(
+            f"{source} cannot be loaded: {error}",
+            cause="the file is damaged, or needs a newer `tokenizers`",
+            next_step="fetch the checkpoint again",
+        ) from error
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= vocabulary:
+        raise ExportError(
+            f"{folder}: the tokenizer knows ids up to {largest}, the embedding table has {vocabulary} rows",
+            cause="tokenizer and weights belong to different models, or tokens were added without resizing the model",
+            next_step="use the tokenizer that was saved with these weights",
+        )
+    if _lowercases_first(folder):
+        _prepend_lowercase(tokenizer)
+    target = out / "tokenizer.json"
+    tokenizer.save(str(target))
+    return target
+
+
+def _from_slow(folder: Path) -> object:
+    try:
+        from transformers import AutoTokenizer
+
+        fast = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        return fast.backend_tokenizer
+    except Exception as error:  # transformers raises almost anything here
+        raise ExportError(
+            f"{folder} has no tokenizer.json and transformers cannot build one: {str(error).splitlines()[0]}",
+            cause="the folder lacks its vocabulary files, or its tokenizer is custom code",
+            next_step="fetch the checkpoint again, or choose one with a tokenizer.json",
+        ) from error
+
+
+def _lowercases_first(folder: Path) -> bool:
+    """sentence-transformers lowers texts before tokenizing where its own settings say so."""
+    path = folder / "sentence_bert_config.json"
+    return path.is_file() and bool(read_json(path).get("do_lower_case"))
+
+
+def _prepend_lowercase(tokenizer: object) -> None:
+    from tokenizers import normalizers
+
+    steps: list[object] = [normalizers.Lowercase()]
+    if tokenizer.normalizer is not None:  # type: ignore[attr-defined]
+        steps.append(tokenizer.normalizer)  # type: ignore[attr-defined]
+    tokenizer.normalizer = normalizers.Sequence(steps)  # type: ignore[attr-defined]
