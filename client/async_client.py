@@ -1,0 +1,159 @@
+"""The asyncio client: the same calls as Client, awaited."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack, overload
+
+from . import flows
+from .codec import InferReply, InferRequest, parse_model_info
+from .errors import ClientError, InvalidInput, UnknownModel
+from .flows import CallOptions, Flow, split_options
+from .retry import Attempts, Clock, RetryPolicy
+from .transport import AsyncTransport, Endpoint, open_async_transport
+from .types import Classification, Embedding, ModelInfo, Ranked, ServerStatus
+
+T = TypeVar("T")
+IN_FLIGHT = 8  # requests of one long list that wait at the server together
+
+
+class AsyncClient:
+    """As Client, for one event loop: `async with AsyncClient() as client: await client.embed("text")`."""
+
+    def __init__(
+        self,
+        url: str | None = None,
+        protocol: str | None = None,
+        *,
+        timeout: float = 60.0,
+        retry: RetryPolicy | None = None,
+        transport: AsyncTransport | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self._timeout = flows.check_timeout(timeout)
+        self._transport = transport or open_async_transport(Endpoint.parse(url, protocol))
+        self._retry = retry or RetryPolicy()
+        self._clock = clock or Clock()
+        self._models: dict[str, ModelInfo] = {}
+        self._closed = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        self._closed = True
+        await self._transport.close()
+
+    @overload
+    async def classify(self, texts: str, **options: Unpack[CallOptions]) -> Classification: ...  # type: ignore[overload-overlap]
+    @overload
+    async def classify(
+        self, texts: Iterable[str], **options: Unpack[CallOptions]
+    ) -> list[Classification]: ...
+    async def classify(
+        self, texts: str | Iterable[str], **options: Unpack[CallOptions]
+    ) -> Classification | list[Classification]:
+        """A label with its score for each text; one text gives one answer, a list a list in its order."""
+        chosen, timeout = split_options(options)
+        if isinstance(texts, str):
+            return await self._run(flows.single(flows.classify([texts], chosen)), timeout)
+        return await self._run(flows.classify(texts, chosen), timeout)
+
+    @overload
+    async def embed(self, texts: str, **options: Unpack[CallOptions]) -> Embedding: ...  # type: ignore[overload-overlap]
+    @overload
+    async def embed(self, texts: Iterable[str], **options: Unpack[CallOptions]) -> list[Embedding]: ...
+    async def embed(
+        self, texts: str | Iterable[str], **options: Unpack[CallOptions]
+    ) -> Embedding | list[Embedding]:
+        """A vector for each text; one text gives one answer, a list a list in its order."""
+        chosen, timeout = split_options(options)
+        if isinstance(texts, str):
+            return await self._run(flows.single(flows.embed([texts], chosen)), timeout)
+        return await self._run(flows.embed(texts, chosen), timeout)
+
+    async def rerank(
+        self, query: str, passages: Iterable[str], **options: Unpack[CallOptions]
+    ) -> list[Ranked]:
+        """The passages with their scores for the query, best first."""
+        chosen, timeout = split_options(options)
+        return await self._run(flows.rerank(query, passages, chosen), timeout)
+
+    async def describe(self, model: str, *, timeout: float | None = None) -> ModelInfo:
+        """What the model's configuration says: task, precision, largest batch, tensors."""
+        return await self._run(flows.describe(model), timeout)
+
+    async def status(self, *, timeout: float | None = None) -> ServerStatus:
+        """The server's models with their state and statistics."""
+        return await self._run(flows.status(self._transport.endpoint), timeout)
+
+    async def _run(self, flow: Flow[T], timeout: float | None) -> T:
+        if self._closed:
+            raise ClientError("the client is closed")
+        deadline = self._clock.now() + (self._timeout if timeout is None else flows.check_timeout(timeout))
+        try:
+            effect = next(flow)
+            while True:
+                try:
+                    answer = await self._perform(effect, deadline)
+                except ClientError as error:
+                    effect = flow.throw(error)
+                else:
+                    effect = flow.send(answer)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+
+    async def _perform(self, effect: flows.Effect, deadline: float) -> Any:
+        if isinstance(effect, flows.InferAll):
+            try:
+                return await self._infer_all(effect.requests, deadline)
+            except (UnknownModel, InvalidInput):
+                self._models.clear()  # the models may have changed since we asked
+                raise
+        if isinstance(effect, flows.Ask):
+            return await self._ask(effect.question, "", deadline)
+        if effect.model not in self._models:
+            self._models[effect.model] = parse_model_info(await self._ask("config", effect.model, deadline))
+        return self._models[effect.model]
+
+    async def _ask(self, question: Any, model: str, deadline: float) -> Any:
+        attempts = Attempts(self._retry, self._clock, deadline)
+        while True:
+            try:
+                return await self._transport.ask(question, model, attempts.remaining())
+            except ClientError as error:
+                await self._clock.sleep_async(attempts.wait_after(error, idempotent=True))
+
+    async def _infer(self, request: InferRequest, deadline: float) -> InferReply:
+        attempts = Attempts(self._retry, self._clock, deadline)
+        while True:
+            try:
+                return await self._transport.infer(request, attempts.remaining())
+            except ClientError as error:
+                await self._clock.sleep_async(
+                    attempts.wait_after(flows.located(error, request), idempotent=request.idempotent)
+                )
+
+    async def _infer_all(self, requests: tuple[InferRequest, ...], deadline: float) -> list[InferReply]:
+        if len(requests) == 1:
+            return [await self._infer(requests[0], deadline)]
+        gate = asyncio.Semaphore(IN_FLIGHT)
+
+        async def one(request: InferRequest) -> InferReply:
+            async with gate:
+                return await self._infer(request, deadline)
+
+        tasks = [asyncio.create_task(one(request)) for request in requests]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()  # without effect on those that are done

@@ -1,0 +1,188 @@
+"""Command line `client`: arguments in, one library call, answers out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import display
+from .options import (
+    OneLineErrors,
+    json_option,
+    open_client,
+    read_lines,
+    server_options,
+    variant_options,
+)
+
+
+@click.group(cls=OneLineErrors)
+def main() -> None:
+    """Query and measure the models of a running onecard server.
+
+    \b
+    Example:
+      client query classify "The noodles were excellent."
+    """
+
+
+@main.group()
+def query() -> None:
+    """Send texts to a model.
+
+    \b
+    Example:
+      client query embed "한 문장" "another sentence" --json
+    """
+
+
+@query.command()
+@click.argument("texts", nargs=-1)
+@variant_options
+@server_options
+@json_option
+def classify(texts: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """A label with its score for each text (arguments, or lines of standard input).
+
+    \b
+    Examples:
+      client query classify "The noodles were excellent."
+      client query classify --model sentiment --precision fp16 --json < reviews.txt
+    """
+    given = list(texts) or read_lines()
+    server, variant = _split(options)
+    with open_client(**server) as client:
+        answers = client.classify(given, **variant)
+    if as_json:
+        _print_json([{"text": text, **asdict(a)} for text, a in zip(given, answers, strict=True)])
+    else:
+        display.print_classifications(given, answers)
+
+
+@query.command()
+@click.argument("texts", nargs=-1)
+@variant_options
+@server_options
+@json_option
+def embed(texts: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """A vector for each text (arguments, or lines of standard input).
+
+    \b
+    Examples:
+      client query embed "The noodles were excellent."
+      client query embed --json < sentences.txt > vectors.json
+    """
+    given = list(texts) or read_lines()
+    server, variant = _split(options)
+    with open_client(**server) as client:
+        answers = client.embed(given, **variant)
+    if as_json:
+        _print_json(
+            [
+                {"text": text, "vector": answer.vector.tolist(), "truncated": answer.truncated}
+                for text, answer in zip(given, answers, strict=True)
+            ]
+        )
+    else:
+        display.print_embeddings(given, answers)
+
+
+@query.command()
+@click.argument("question", metavar="QUERY")
+@click.argument("passages", nargs=-1)
+@variant_options
+@server_options
+@json_option
+def rerank(question: str, passages: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Passages (arguments, or lines of standard input) by their score for QUERY, best first.
+
+    \b
+    Examples:
+      client query rerank "quick delivery" "It arrived overnight." "The soup was cold."
+      client query rerank "quick delivery" --json < passages.txt
+    """
+    given = list(passages) or read_lines()
+    server, variant = _split(options)
+    with open_client(**server) as client:
+        answers = client.rerank(question, given, **variant)
+    if as_json:
+        _print_json([asdict(answer) for answer in answers])
+    else:
+        display.print_ranking(answers)
+
+
+@main.command()
+@server_options
+@json_option
+def status(as_json: bool, **server: Any) -> None:
+    """The server's models: state, texts and batches computed, queue and compute time, cache hits.
+
+    \b
+    Examples:
+      client status
+      client status --url 127.0.0.1:8000 --protocol http --json
+    """
+    with open_client(**server) as client:
+        report = client.status()
+    if as_json:
+        _print_json(asdict(report))
+    else:
+        display.print_status(report)
+
+
+@main.command()
+@click.argument("summary", metavar="STACK_JSON", type=click.Path(path_type=Path))
+@click.option("--quick", is_flag=True, help="Short points: the whole table in under two minutes.")
+@click.option("--model", "models", multiple=True, metavar="NAME", help="Only this model (repeatable).")
+@click.option("--seconds", type=click.FloatRange(min=0.2), help="Duration of each point [default: 5].")
+@click.option(
+    "--rate",
+    "rates",
+    type=click.FloatRange(min=0, min_open=True),
+    multiple=True,
+    metavar="PER_CENT",
+    help="Open-loop rate in per cent of the measured peak (repeatable) [default: 50 and 80].",
+)
+@click.option(
+    "--ceiling",
+    "ceilings",
+    multiple=True,
+    metavar="MODEL:PRECISION=PER_S",
+    help="What the engine alone reaches, to show beside the served rate (repeatable).",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for bench.json and report.html.",
+)
+@click.option(
+    "--url", metavar="HOST:PORT", help="The server's gRPC address; else ONECARD_URL_GRPC, else this machine."
+)
+def bench(summary: Path, **settings: Any) -> None:
+    """Measure the served models against Transformers in process, on the same texts, in the same run.
+
+    STACK_JSON is the summary that `triton-repo write` leaves beside the repository. The last line on standard
+    output is one JSON object, the same as bench.json.
+
+    \b
+    Examples:
+      client bench build/demo/stack.json --quick
+      client bench build/demo/stack.json --model embedder --output build/demo
+    """
+    # Imported here: `query` and `status` need nothing of it.
+    from .bench.command import run
+
+    run(summary, settings)
+
+
+def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    server = {name: options.pop(name) for name in ("url", "protocol", "timeout")}
+    return server, options
+
+
+def _print_json(document: Any) -> None:
+    click.echo(json.dumps(document, ensure_ascii=False))

@@ -1,0 +1,81 @@
+"""Answers as tables for people; `--json` goes past this module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .types import Classification, Embedding, Ranked, ServerStatus
+
+TEXT_WIDTH = 60
+
+
+def print_classifications(texts: Sequence[str], answers: Sequence[Classification]) -> None:
+    table = new_table("text", "label", "score")
+    for text, answer in zip(texts, answers, strict=True):
+        table.add_row(clip(text, answer.truncated), escape(answer.label), f"{answer.score:.4f}")
+    new_console().print(table)
+
+
+def print_embeddings(texts: Sequence[str], answers: Sequence[Embedding]) -> None:
+    table = new_table("text", "dimension", "vector")
+    for text, answer in zip(texts, answers, strict=True):
+        start = ", ".join(f"{value:+.4f}" for value in answer.vector[:4])
+        table.add_row(clip(text, answer.truncated), str(answer.vector.size), f"\\[{start}, …]")
+    new_console().print(table)
+
+
+def print_ranking(answers: Sequence[Ranked]) -> None:
+    table = new_table("rank", "score", "given as", "passage")
+    for rank, answer in enumerate(answers, start=1):
+        table.add_row(
+            str(rank), f"{answer.score:.4f}", str(answer.index + 1), clip(answer.passage, answer.truncated)
+        )
+    new_console().print(table)
+
+
+def print_status(status: ServerStatus) -> None:
+    console = new_console()
+    console.print(f"{status.server} {status.version} at {status.url} ({status.protocol})", highlight=False)
+    table = new_table("model", "task", "state")
+    for title in ("requests", "texts", "batch", "queue ms", "compute ms", "cache hit/miss"):
+        table.add_column(title, justify="right")
+    for model in status.models:
+        ready = model.state == "READY"
+        state = f"[green]{model.state}[/]" if ready else f"[red]{model.state} {escape(model.reason)}[/]"
+        table.add_row(
+            escape(model.name),
+            escape(f"{model.task or ''} {model.precision or ''}".strip()),
+            state,
+            f"{model.requests}" + (f" [red]({model.failed} failed)[/]" if model.failed else ""),
+            str(model.inferences),
+            number(model.mean_batch_size),
+            number(model.queue_ms),
+            number(model.compute_ms),
+            f"{model.cache_hits}/{model.cache_misses}",
+        )
+    console.print(table)
+
+
+def new_console() -> Console:
+    """Rich takes a pipe to be 80 columns wide, which would break the tables' words apart."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
+def new_table(*columns: str) -> Table:
+    return Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def clip(text: str, truncated: bool = False) -> str:
+    line = " ".join(text.split())
+    short = line if len(line) <= TEXT_WIDTH else line[: TEXT_WIDTH - 1] + "…"
+    return escape(short) + (" [yellow](truncated by the model)[/]" if truncated else "")
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

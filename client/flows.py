@@ -1,0 +1,264 @@
+"""What each call does, written once: generators that yield the I/O they need and receive its result.
+
+`Client` performs the effects by blocking, `AsyncClient` by awaiting; neither knows what a classification is.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict, TypeVar
+
+from . import codec
+from .codec import InferReply, InferRequest
+from .errors import ClientError, InvalidInput, ModelNotReady, UnknownModel
+from .transport import Endpoint
+from .types import Classification, Embedding, ModelInfo, Ranked, ServerStatus
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Describe:
+    """Effect: the ModelInfo of a model (from the client's cache where it can)."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Effect: one of the server's own reports, as JSON."""
+
+    question: Literal["index", "statistics", "metadata"]
+
+
+@dataclass(frozen=True, slots=True)
+class InferAll:
+    """Effect: every request's reply, in the order of the requests, some of them in flight together."""
+
+    requests: tuple[InferRequest, ...]
+
+
+Effect = Describe | Ask | InferAll
+Flow = Generator[Effect, Any, T]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Which model variant answers, and how its queue treats the request."""
+
+    model: str | None = None
+    precision: str | None = None
+    priority: int = 0
+    request_id: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (
+            ("model", self.model),
+            ("precision", self.precision),
+            ("request_id", self.request_id),
+        ):
+            if value is not None and not (isinstance(value, str) and value):
+                raise InvalidInput(f"{name} must be a non-empty str, not {value!r}")
+        if not isinstance(self.priority, int) or isinstance(self.priority, bool) or self.priority < 0:
+            raise InvalidInput(
+                f"priority must be 0 (the model's default) or a level from 1 up, not {self.priority!r}"
+            )
+
+
+class CallOptions(TypedDict, total=False):
+    """Keyword arguments that every call of both clients takes.
+
+    `model` may be left out when the server has one for the task; `precision` picks its variant; `priority` is
+    1 for the most urgent, 0 for the model's default; `timeout` is in seconds for the whole call.
+    """
+
+    model: str | None
+    precision: str | None
+    priority: int
+    request_id: str | None
+    timeout: float | None
+
+
+def split_options(given: CallOptions) -> tuple[Options, float | None]:
+    known = CallOptions.__annotations__
+    for name in given:
+        if name not in known:
+            raise TypeError(f"unknown option {name}; known: {', '.join(known)}")
+    chosen = {name: value for name, value in given.items() if name != "timeout"}
+    return Options(**chosen), given.get("timeout")  # type: ignore[arg-type]
+
+
+def classify(texts: Iterable[str], options: Options) -> Flow[list[Classification]]:
+    return (yield from _per_text("classify", texts, options, codec.parse_classifications))
+
+
+def embed(texts: Iterable[str], options: Options) -> Flow[list[Embedding]]:
+    return (yield from _per_text("embed", texts, options, codec.parse_embeddings))
+
+
+def _per_text(
+    task: str, texts: Iterable[str], options: Options, parse: Callable[[InferReply, int], list[T]]
+) -> Flow[list[T]]:
+    encoded = codec.encode_texts(texts, "text")
+    if not encoded:
+        return []
+    info = yield from resolve(task, options)
+    slices = codec.split(len(encoded), info.max_batch)
+    inputs = [{"text": codec.text_column(encoded[part])} for part in slices]
+    replies = yield InferAll(_requests(task, info, options, inputs, slices))
+    return [
+        answer
+        for part, reply in zip(slices, replies, strict=True)
+        for answer in parse(reply, part.stop - part.start)
+    ]
+
+
+def rerank(query: str, passages: Iterable[str], options: Options) -> Flow[list[Ranked]]:
+    # A passage's score depends on the query and itself alone, so a long list may be scored in parts.
+    question = codec.text_row([codec.encode_text(query, "query")])
+    given = passages if isinstance(passages, str | bytes | Mapping) else list(passages)
+    encoded = codec.encode_texts(given, "passage")
+    if not encoded:
+        raise InvalidInput("no passages to rank")
+    info = yield from resolve("rerank", options)
+    slices = codec.split(len(encoded), info.max_batch)
+    inputs = [{"query": question, "passages": codec.text_row(encoded[part])} for part in slices]
+    replies = yield InferAll(_requests("rerank", info, options, inputs, slices))
+    scores: list[float] = []
+    truncated: list[bool] = []
+    for part, reply in zip(slices, replies, strict=True):
+        some_scores, some_truncated = codec.parse_scores(reply, part.stop - part.start)
+        scores += some_scores
+        truncated += some_truncated
+    return codec.rank([str(passage) for passage in given], scores, truncated)
+
+
+def _requests(
+    task: str,
+    info: ModelInfo,
+    options: Options,
+    inputs: Sequence[Mapping[str, codec.Array]],
+    slices: Sequence[slice],
+) -> tuple[InferRequest, ...]:
+    base = options.request_id or uuid.uuid4().hex[:12]
+    return tuple(
+        InferRequest(
+            model=info.name,
+            inputs=tensors,
+            outputs=codec.SIGNATURES[task].outputs,
+            request_id=base if len(inputs) == 1 else f"{base}-{place}",
+            priority=options.priority,
+            part="" if len(inputs) == 1 else f"items {part.start} to {part.stop - 1}",
+        )
+        for place, (tensors, part) in enumerate(zip(inputs, slices, strict=True))
+    )
+
+
+def resolve(task: str, options: Options) -> Flow[ModelInfo]:
+    """The variant that answers: `<model>` is the first precision, `<model>-<precision>` every other."""
+    if options.model is None:
+        plain = yield from _only_model(task)
+    else:
+        plain = yield Describe(options.model)
+    info: ModelInfo = plain
+    if options.precision is not None and plain.precision != options.precision:
+        variant = f"{plain.name}-{options.precision}"
+        try:
+            info = yield Describe(variant)
+        except UnknownModel as error:
+            raise UnknownModel(
+                f"no {options.precision} variant: the server has no model {variant}",
+                model=plain.name,
+                next_step="`client status` lists the models and their precisions",
+            ) from error
+    _check_signature(task, info)
+    return info
+
+
+def _check_signature(task: str, info: ModelInfo) -> None:
+    wanted = codec.SIGNATURES[task]
+    if info.task not in (None, task):
+        raise InvalidInput(f"this model's task is {info.task}, not {task}", model=info.name)
+    missing = [name for name in wanted.inputs if name not in info.inputs]
+    missing += [name for name in wanted.outputs if name not in info.outputs]
+    if missing or info.max_batch < 1:
+        lacks = f"it lacks {', '.join(missing)}" if missing else "it takes no batches"
+        raise InvalidInput(f"this model cannot {task}: {lacks}", model=info.name)
+
+
+def _only_model(task: str) -> Flow[ModelInfo]:
+    """The one model of a task, when the caller names none; its other precisions do not count as models."""
+    infos = yield from _ready_models()
+    names = {info.name for info in infos}
+    found = [
+        info
+        for info in infos
+        if info.task == task and info.name.removesuffix(f"-{info.precision}") not in names - {info.name}
+    ]
+    if len(found) != 1:
+        known = ", ".join(sorted(info.name for info in found))
+        what = f"several models {task}: {known}" if found else f"no model on this server can {task}"
+        raise UnknownModel(what, next_step="name the model" if found else "`client status` lists the models")
+    return found[0]
+
+
+def _ready_models() -> Flow[list[ModelInfo]]:
+    infos = []
+    for entry in (yield Ask("index")):
+        if entry.get("state") == "READY":
+            infos.append((yield Describe(entry["name"])))
+    return infos
+
+
+def describe(model: str) -> Flow[ModelInfo]:
+    Options(model=model)  # checks the name
+    info: ModelInfo = yield Describe(model)
+    return info
+
+
+def status(endpoint: Endpoint) -> Flow[ServerStatus]:
+    metadata = yield Ask("metadata")
+    index = yield Ask("index")
+    report = yield Ask("statistics")
+    statistics = {(entry["name"], entry["version"]): entry for entry in report.get("model_stats", ())}
+    models = []
+    for entry in index:
+        info: ModelInfo | None = None
+        if entry.get("state") == "READY":
+            try:
+                info = yield Describe(entry["name"])
+            except (UnknownModel, ModelNotReady):
+                info = None  # unloaded since the index was read
+        key = (entry["name"], entry.get("version", ""))
+        models.append(codec.parse_model_status(entry, info, statistics.get(key)))
+    models.sort(key=lambda model: model.name)
+    return ServerStatus(
+        url=endpoint.address,
+        protocol=endpoint.protocol,
+        server=str(metadata.get("name", "")),
+        version=str(metadata.get("version", "")),
+        models=tuple(models),
+    )
+
+
+def check_timeout(timeout: float) -> float:
+    if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not 0 < timeout < 1e7:
+        raise InvalidInput(f"timeout must be a positive number of seconds, not {timeout!r}")
+    return float(timeout)
+
+
+def located(error: ClientError, request: InferRequest) -> ClientError:
+    """The error with model, request and part of the list filled in where its origin did not know them."""
+    if request.part and isinstance(error, InvalidInput):
+        error.message = f"{error.message} [counted within {request.part} of the list]"
+    error.model = error.model or request.model
+    error.request_id = error.request_id or request.request_id
+    return error
+
+
+def single(flow: Flow[list[T]]) -> Flow[T]:
+    """The only answer of a call that was given one text."""
+    answers = yield from flow
+    return answers[0]

@@ -1,0 +1,111 @@
+"""The seam between our calls and tritonclient: two protocols (sync, async) and how one is opened.
+
+Tests put their own object in place of a transport; nothing above this line knows gRPC from HTTP.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from .codec import InferReply, InferRequest
+from .errors import InvalidInput
+from .types import Protocol as WireProtocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Question = Literal["config", "index", "statistics", "metadata"]
+
+
+class Transport(Protocol):
+    """Blocking; safe to use from several threads. Raises ClientError only. Timeouts are in seconds."""
+
+    @property
+    def endpoint(self) -> Endpoint: ...
+
+    def infer(self, request: InferRequest, timeout: float) -> InferReply: ...
+
+    def ask(self, question: Question, model: str, timeout: float) -> Any:
+        """The server's report as JSON: `config` of one model, or one that covers the whole server."""
+
+    def close(self) -> None: ...
+
+
+class AsyncTransport(Protocol):
+    """As Transport, for the event loop it is first used in."""
+
+    @property
+    def endpoint(self) -> Endpoint: ...
+
+    async def infer(self, request: InferRequest, timeout: float) -> InferReply: ...
+
+    async def ask(self, question: Question, model: str, timeout: float) -> Any: ...
+
+    async def close(self) -> None: ...
+
+
+_SCHEMES: dict[str, tuple[WireProtocol | None, bool]] = {
+    "grpc": ("grpc", False),
+    "grpcs": ("grpc", True),
+    "http": ("http", False),
+    "https": ("http", True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where the server listens and what is spoken there."""
+
+    protocol: WireProtocol
+    address: str
+    tls: bool = False
+
+    @property
+    def url(self) -> str:
+        if self.protocol == "http":
+            return f"{'https' if self.tls else 'http'}://{self.address}"
+        return f"{'grpcs' if self.tls else 'grpc'}://{self.address}"
+
+    @classmethod
+    def parse(
+        cls,
+        url: str | None,
+        protocol: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Endpoint:
+        """From `host:port`, or with one of the schemes grpc, grpcs, http, https.
+
+        Without a URL: ONECARD_URL_GRPC or ONECARD_URL_HTTP, else Triton's usual port on this machine.
+        """
+        if protocol not in (None, "grpc", "http"):
+            raise InvalidInput(f"protocol must be grpc or http, not {protocol!r}")
+        if not url:
+            variables = os.environ if environment is None else environment
+            fallback = "127.0.0.1:8000" if protocol == "http" else "127.0.0.1:8001"
+            url = variables.get(f"ONECARD_URL_{(protocol or 'grpc').upper()}") or fallback
+        scheme, separator, address = url.rpartition("://")
+        spoken, tls = _SCHEMES.get(scheme, (None, False))
+        if separator and spoken is None:
+            raise InvalidInput(f"cannot use {url!r}: write host:port, grpc://host:port or http://host:port")
+        if protocol and spoken and protocol != spoken:
+            raise InvalidInput(f"{url!r} contradicts protocol {protocol!r}")
+        address = address.rstrip("/")
+        host, _, port = address.partition("/")[0].rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise InvalidInput(f"cannot use {url!r}: write host:port")
+        return cls(spoken or ("http" if protocol == "http" else "grpc"), address, tls)
+
+
+def open_transport(endpoint: Endpoint) -> Transport:
+    # Imported here: tritonclient takes longer to import than all of the client.
+    from . import triton_sync
+
+    return triton_sync.Grpc(endpoint) if endpoint.protocol == "grpc" else triton_sync.Http(endpoint)
+
+
+def open_async_transport(endpoint: Endpoint) -> AsyncTransport:
+    from . import triton_async
+
+    return triton_async.Grpc(endpoint) if endpoint.protocol == "grpc" else triton_async.Http(endpoint)

@@ -1,0 +1,92 @@
+"""Asyncio transports over tritonclient."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import tritonclient.grpc
+import tritonclient.grpc.aio
+import tritonclient.http
+import tritonclient.http.aio
+
+from . import wire
+from .codec import InferReply, InferRequest
+from .failures import translate
+from .transport import Endpoint, Question
+
+
+class _PerLoop:
+    """Opens tritonclient's object in the loop that uses it: its sockets cannot move to another."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self._opened: Any = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def _open(self) -> Any:
+        raise NotImplementedError
+
+    def _client(self) -> Any:
+        loop = asyncio.get_running_loop()
+        if self._opened is None or self._loop is not loop:
+            self._opened, self._loop = self._open(), loop
+        return self._opened
+
+    async def close(self) -> None:
+        if self._opened is not None and self._loop is asyncio.get_running_loop():
+            await self._opened.close()
+        self._opened = None
+
+
+class Grpc(_PerLoop):
+    def _open(self) -> Any:
+        return tritonclient.grpc.aio.InferenceServerClient(
+            self.endpoint.address, ssl=self.endpoint.tls, channel_args=wire.CHANNEL_ARGUMENTS
+        )
+
+    async def infer(self, request: InferRequest, timeout: float) -> InferReply:
+        try:
+            arguments = wire.infer_arguments(tritonclient.grpc, request, timeout)
+            return wire.reply_of(request, await self._client().infer(**arguments, client_timeout=timeout))
+        except Exception as error:
+            raise translate(
+                error, url=self.endpoint.url, model=request.model, request_id=request.request_id
+            ) from error
+
+    async def ask(self, question: Question, model: str, timeout: float) -> Any:
+        method = getattr(self._client(), wire.QUESTIONS[question])
+        try:
+            answer = await method(
+                *wire.question_arguments(question, model), as_json=True, client_timeout=timeout
+            )
+        except Exception as error:
+            raise translate(error, url=self.endpoint.url, model=model or None, request_id=None) from error
+        return wire.answer_of(question, answer)
+
+
+class Http(_PerLoop):
+    def _open(self) -> Any:
+        # Its own timeout is off: each call has its own, below.
+        return tritonclient.http.aio.InferenceServerClient(
+            self.endpoint.address, ssl=self.endpoint.tls, conn_timeout=None
+        )
+
+    async def infer(self, request: InferRequest, timeout: float) -> InferReply:
+        try:
+            arguments = wire.infer_arguments(tritonclient.http, request, timeout)
+            async with asyncio.timeout(timeout):
+                return wire.reply_of(request, await self._client().infer(**arguments))
+        except Exception as error:
+            raise translate(
+                error, url=self.endpoint.url, model=request.model, request_id=request.request_id
+            ) from error
+
+    async def ask(self, question: Question, model: str, timeout: float) -> Any:
+        method = getattr(self._client(), wire.QUESTIONS[question])
+        try:
+            async with asyncio.timeout(timeout):
+                answer = await method(*wire.question_arguments(question, model))
+        except Exception as error:
+            raise translate(error, url=self.endpoint.url, model=model or None, request_id=None) from error
+        return wire.answer_of(question, answer)

@@ -1,0 +1,87 @@
+"""Blocking transports over tritonclient."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import gevent
+import tritonclient.grpc
+import tritonclient.http
+
+from . import wire
+from .codec import InferReply, InferRequest
+from .failures import translate
+from .transport import Endpoint, Question
+
+
+class Grpc:
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self._client = tritonclient.grpc.InferenceServerClient(
+            endpoint.address, ssl=endpoint.tls, channel_args=wire.CHANNEL_ARGUMENTS
+        )
+
+    def infer(self, request: InferRequest, timeout: float) -> InferReply:
+        try:
+            arguments = wire.infer_arguments(tritonclient.grpc, request, timeout)
+            return wire.reply_of(request, self._client.infer(**arguments, client_timeout=timeout))
+        except Exception as error:
+            raise translate(
+                error, url=self.endpoint.url, model=request.model, request_id=request.request_id
+            ) from error
+
+    def ask(self, question: Question, model: str, timeout: float) -> Any:
+        method = getattr(self._client, wire.QUESTIONS[question])
+        try:
+            answer = method(*wire.question_arguments(question, model), as_json=True, client_timeout=timeout)
+        except Exception as error:
+            raise translate(error, url=self.endpoint.url, model=model or None, request_id=None) from error
+        return wire.answer_of(question, answer)
+
+    def close(self) -> None:
+        self._client.close()
+
+
+class Http:
+    """tritonclient's HTTP client runs on gevent, whose sockets belong to one thread: one per thread."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self._local = threading.local()
+
+    def _client(self) -> Any:
+        client = getattr(self._local, "client", None)
+        if client is None:
+            # Its own timeouts are off: each call has its own, below.
+            client = tritonclient.http.InferenceServerClient(
+                self.endpoint.address, ssl=self.endpoint.tls, connection_timeout=None, network_timeout=None
+            )
+            self._local.client = client
+        return client
+
+    def infer(self, request: InferRequest, timeout: float) -> InferReply:
+        try:
+            arguments = wire.infer_arguments(tritonclient.http, request, timeout)
+            with gevent.Timeout(timeout, TimeoutError()):
+                return wire.reply_of(request, self._client().infer(**arguments))
+        except Exception as error:
+            raise translate(
+                error, url=self.endpoint.url, model=request.model, request_id=request.request_id
+            ) from error
+
+    def ask(self, question: Question, model: str, timeout: float) -> Any:
+        try:
+            with gevent.Timeout(timeout, TimeoutError()):
+                method = getattr(self._client(), wire.QUESTIONS[question])
+                answer = method(*wire.question_arguments(question, model))
+        except Exception as error:
+            raise translate(error, url=self.endpoint.url, model=model or None, request_id=None) from error
+        return wire.answer_of(question, answer)
+
+    def close(self) -> None:
+        # Clients of other threads close when their thread, or this object, is gone.
+        client = getattr(self._local, "client", None)
+        if client is not None:
+            client.close()
+        self._local = threading.local()

@@ -1,0 +1,65 @@
+"""What the four transports share: tritonclient's input objects, its results, and channel settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .codec import InferReply, InferRequest
+
+# gRPC waits longer and longer before it connects again to a server that was away; our own retries are the
+# ones with a policy, so the channel's are kept short. Message sizes as tritonclient's default.
+CHANNEL_ARGUMENTS: list[tuple[str, Any]] = [
+    ("grpc.max_send_message_length", 2**31 - 1),
+    ("grpc.max_receive_message_length", 2**31 - 1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+
+
+def infer_arguments(module: Any, request: InferRequest, timeout: float) -> dict[str, Any]:
+    """Keyword arguments of tritonclient's `infer`; `module` is tritonclient.grpc or tritonclient.http.
+
+    The queue timeout goes along, in microseconds, so that a model that allows it drops a request nobody waits
+    for any more.
+    """
+    from tritonclient.utils import np_to_triton_dtype
+
+    inputs = []
+    for name, array in request.inputs.items():
+        tensor = module.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
+        tensor.set_data_from_numpy(array)
+        inputs.append(tensor)
+    return {
+        "model_name": request.model,
+        "inputs": inputs,
+        "request_id": request.request_id,
+        "priority": request.priority,
+        "timeout": max(1, int(timeout * 1e6)),
+    }
+
+
+def reply_of(request: InferRequest, result: Any) -> InferReply:
+    """Outputs the server left out are left out here too; the codec says what is missing."""
+    arrays = {name: result.as_numpy(name) for name in request.outputs}
+    present = {name: array for name, array in arrays.items() if array is not None}
+    return InferReply(request.model, request.request_id, present)
+
+
+QUESTIONS = {
+    "config": "get_model_config",
+    "index": "get_model_repository_index",
+    "statistics": "get_inference_statistics",
+    "metadata": "get_server_metadata",
+}
+
+
+def question_arguments(question: str, model: str) -> tuple[str, ...]:
+    return (model,) if question == "config" else ()
+
+
+def answer_of(question: str, answer: Any) -> Any:
+    """gRPC wraps the repository index in `models`, HTTP gives the list itself."""
+    if question == "index" and isinstance(answer, dict):
+        return answer.get("models", [])
+    return answer
