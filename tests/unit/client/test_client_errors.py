@@ -1,0 +1,99 @@
+"""The error tree, and the translation of what real transports raised (recorded from a server)."""
+
+from __future__ import annotations
+
+import re
+import socket
+
+import pytest
+from tritonclient.utils import InferenceServerException
+
+from client import errors
+from client.errors import (
+    ClientError,
+    ConnectionLost,
+    DeadlineExceeded,
+    InvalidInput,
+    ModelNotReady,
+    QueueFull,
+    QueueTimeout,
+    ServerFault,
+    UnexpectedAnswer,
+    UnknownModel,
+    Unreachable,
+)
+from client.failures import translate
+
+
+def triton(message: str, status: str) -> InferenceServerException:
+    return InferenceServerException(msg=message, status=status)
+
+
+RECORDED = [
+    (triton("text 0: boom", "StatusCode.INVALID_ARGUMENT"), InvalidInput),
+    (triton("text 0: boom", "400"), InvalidInput),
+    (triton("'internal'", "StatusCode.INTERNAL"), ServerFault),
+    (triton("'internal'", "500"), ServerFault),
+    (triton("Request for unknown model: 'nope' is not found", "StatusCode.NOT_FOUND"), UnknownModel),
+    (triton("Request for unknown model: 'nope' is not found", "404"), UnknownModel),
+    (triton("Request for unknown model: 'm' has no available versions", "400"), ModelNotReady),
+    (
+        triton("Request for unknown model: 'm' has no available versions", "StatusCode.UNAVAILABLE"),
+        ModelNotReady,
+    ),
+    (triton("[request id: a] Exceeds maximum queue size", "StatusCode.UNAVAILABLE"), QueueFull),
+    (triton("[request id: a] Exceeds maximum queue size", "503"), QueueFull),
+    (triton("Request timeout expired", "StatusCode.UNAVAILABLE"), QueueTimeout),
+    (triton("Request timeout expired", "503"), QueueTimeout),
+    (triton("Deadline Exceeded", "StatusCode.DEADLINE_EXCEEDED"), DeadlineExceeded),
+    (TimeoutError("timed out"), DeadlineExceeded),
+    (
+        triton(
+            "failed to connect to all addresses; last error: Connection refused", "StatusCode.UNAVAILABLE"
+        ),
+        Unreachable,
+    ),
+    (triton("errors resolving nohost:1: Domain name not found", "StatusCode.UNAVAILABLE"), Unreachable),
+    (ConnectionRefusedError(111, "Connection refused"), Unreachable),
+    (socket.gaierror(-2, "Name or service not known"), Unreachable),
+    (triton("Socket closed", "StatusCode.UNAVAILABLE"), ConnectionLost),
+    (ConnectionResetError(104, "Connection reset by peer"), ConnectionLost),
+    (BrokenPipeError(32, "Broken pipe"), ConnectionLost),
+    (triton("Method Not Allowed", "405"), UnexpectedAnswer),
+    (RuntimeError("something else"), ServerFault),
+]
+
+
+@pytest.mark.parametrize(("raised", "expected"), RECORDED, ids=lambda value: str(value)[:60])
+def test_every_recorded_failure_becomes_its_own_error(raised: Exception, expected: type[ClientError]) -> None:
+    error = translate(raised, url="grpc://host:1", model="m", request_id="r1")
+    assert type(error) is expected
+    assert (error.model, error.request_id) == ("m", "r1")
+    assert "model m, request r1" in str(error)
+    assert "\n" not in str(error)
+
+
+def classes() -> list[type[ClientError]]:
+    return [
+        value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, ClientError)
+    ]
+
+
+def test_the_drawn_tree_is_the_tree() -> None:
+    drawn = dict(re.findall(r"^[│├└─ ]*(\w+) \((\d+)\)", errors.__doc__ or "", flags=re.MULTILINE))
+    assert {cls.__name__: str(cls.exit_code) for cls in classes()} == drawn
+
+
+def test_siblings_have_distinct_exit_codes() -> None:
+    codes = [cls.exit_code for cls in classes() if cls.__bases__ == (ClientError,)]
+    assert len(codes) == len(set(codes))
+
+
+def test_only_failures_before_any_computation_are_retryable() -> None:
+    assert {cls.__name__ for cls in classes() if cls.retryable} == {
+        "Unreachable",
+        "ConnectionLost",
+        "Overloaded",
+        "QueueFull",
+        "QueueTimeout",
+    }
