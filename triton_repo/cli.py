@@ -1,0 +1,246 @@
+"""Command line `triton-repo`: write a model repository, serve it, say how to serve it in a container."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from build_engines.errors import OnecardError, ServerError
+from triton_repo.container import IMAGE, docker_command
+from triton_repo.ports import Ports
+from triton_repo.server import Server, ServerOptions
+
+_POLL_S = 0.2
+
+
+class _Group(click.Group):
+    """Prints an OnecardError as text, without a traceback, and exits with its class's code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OnecardError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            ctx.exit(130)
+
+
+class _Terminated(Exception):
+    """SIGTERM arrived: stop in order."""
+
+
+def _server_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options shared by every command that is about a server."""
+    defaults = Ports()
+    for option in (
+        click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
+        click.option("--http-port", type=click.IntRange(1, 65535), default=defaults.http, show_default=True),
+        click.option("--grpc-port", type=click.IntRange(1, 65535), default=defaults.grpc, show_default=True),
+        click.option(
+            "--metrics-port", type=click.IntRange(1, 65535), default=defaults.metrics, show_default=True
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(cls=_Group)
+def main() -> None:
+    """Engines into a Triton model repository, and a running Triton server.
+
+    \b
+    Example:
+      triton-repo write stacks/demo.toml
+      triton-repo serve stacks/demo.toml --free-ports -- client status
+    """
+
+
+@main.command()
+@click.argument("stack", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--target", default="onnxruntime", show_default=True, help="Which engines to serve.")
+@click.option("--out", type=click.Path(path_type=Path), help="Default: build/<stack>/repository.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def write(stack: Path, target: str, out: Path | None, as_json: bool) -> None:
+    """Write the model repository of a stack whose engines are built.
+
+    \b
+    Example:
+      triton-repo write stacks/demo.toml --target tensorrt-rtx
+    """
+    from build_engines.stack import TARGETS, load_stack
+    from triton_repo.writer import write_repository
+
+    if target not in TARGETS:
+        raise click.BadParameter(f"{target!r} is not one of {', '.join(TARGETS)}", param_hint="--target")
+    resolved = load_stack(stack)
+    engines = resolved.build_dir / "engines"
+    repository = write_repository(resolved, engines, out or resolved.build_dir / "repository", target=target)
+    models = sorted(path.parent.name for path in repository.glob("*/config.pbtxt"))
+    if as_json:
+        click.echo(json.dumps({"repository": str(repository.absolute()), "models": models}))
+    else:
+        click.echo(f"{repository}: {', '.join(models)}")
+
+
+@main.command(context_settings={"ignore_unknown_options": False})
+@click.argument("repository", type=click.Path(exists=True, path_type=Path))
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@_server_options
+@click.option("--free-ports", is_flag=True, help="Take any free ports instead.")
+@click.option(
+    "--ready-timeout", type=click.FloatRange(min=1), default=300, show_default=True, help="Seconds."
+)
+@click.option(
+    "--log", type=click.Path(dir_okay=False, path_type=Path), help="Default: beside the repository."
+)
+@click.option("--tritonserver", type=click.Path(exists=True, path_type=Path), help="The binary to run.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object once ready.")
+def serve(repository: Path, command: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Serve REPOSITORY (a folder, or a stack file whose repository is written) until interrupted.
+
+    With a COMMAND after `--`, run it once the server is ready, with ONECARD_URL_HTTP, ONECARD_URL_GRPC,
+    ONECARD_URL_METRICS (host:port) and ONECARD_SERVER_PID in its environment; then stop the server and exit
+    with the command's code.
+
+    \b
+    Examples:
+      triton-repo serve build/demo/repository
+      triton-repo serve stacks/demo.toml --free-ports -- client bench build/demo/stack.json
+    """
+    server_options = ServerOptions(
+        host=options["host"],
+        ports=Ports(options["http_port"], options["grpc_port"], options["metrics_port"]),
+        free_ports=options["free_ports"],
+        ready_timeout_s=options["ready_timeout"],
+        log=options["log"],
+        binary=options["tritonserver"],
+    )
+    server = Server(_repository(repository), server_options)
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        started = time.monotonic()
+        _start(server)
+        _announce(server, time.monotonic() - started, as_json=as_json)
+        code = _run_command(server, command) if command else _wait(server)
+    except _Terminated:
+        code = 0
+    finally:
+        # A second SIGTERM must not interrupt the stop.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        server.stop()
+        signal.signal(signal.SIGTERM, previous)
+    sys.exit(code)
+
+
+@main.command()
+@click.argument("repository", type=click.Path(exists=True, path_type=Path))
+@_server_options
+@click.option("--image", default=IMAGE, show_default=True, help="NVIDIA's tritonserver image.")
+def container(repository: Path, image: str, **options: Any) -> None:
+    """Print the docker command that serves REPOSITORY on a GPU machine.
+
+    \b
+    Example:
+      triton-repo container build/demo/repository
+    """
+    ports = Ports(options["http_port"], options["grpc_port"], options["metrics_port"])
+    chosen = ServerOptions(host=options["host"], ports=ports)
+    click.echo(shlex.join(docker_command(_repository(repository), chosen, image)))
+
+
+def _repository(path: Path) -> Path:
+    if path.is_dir():
+        return path
+    from build_engines.stack import load_stack
+
+    return load_stack(path).build_dir / "repository"
+
+
+def _start(server: Server) -> None:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("loading models", total=len(server.models))
+        server.start(lambda ready, total: progress.update(task, completed=ready, total=total))
+
+
+def _announce(server: Server, seconds: float, *, as_json: bool) -> None:
+    """Where it listens. For people on stderr, so that a COMMAND's output stays alone on stdout."""
+    words = shlex.join(docker_command(server.repository, server.options))
+    if as_json:
+        record = {
+            "pid": server.pid,
+            "urls": server.urls,
+            "models": sorted(server.models),
+            "log": str(server.log),
+            "ready_s": round(seconds, 2),
+            "container": words,
+        }
+        click.echo(json.dumps(record))
+        return
+    click.echo(f"ready after {seconds:.1f} s: {', '.join(sorted(server.models))}", err=True)
+    click.echo("  ".join(f"{name} {url}" for name, url in server.urls.items()), err=True)
+    click.echo(f"log {server.log}", err=True)
+    click.echo(f"in NVIDIA's container: {words}", err=True)
+
+
+def _wait(server: Server) -> int:
+    server.wait()
+    raise server.ended_error()
+
+
+def _run_command(server: Server, command: tuple[str, ...]) -> int:
+    environment = dict(os.environ)
+    environment |= {f"ONECARD_URL_{name.upper()}": url for name, url in server.urls.items()}
+    environment["ONECARD_SERVER_PID"] = str(server.pid)
+    try:
+        process = subprocess.Popen(command, env=environment)
+    except OSError as error:
+        raise ServerError(f"cannot run {command[0]}: {error.strerror}") from None
+    try:
+        while True:
+            try:
+                code = process.wait(_POLL_S)
+            except subprocess.TimeoutExpired:
+                if server.poll() is None:
+                    continue
+                raise server.ended_error() from None
+            return code if code >= 0 else 128 - code
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+
+
+def _terminate(signum: int, frame: object) -> None:
+    raise _Terminated
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""What tritonserver's log says: which models are ready, why one failed, whether a port was taken."""
+
+from __future__ import annotations
+
+import re
+
+_LOADED = re.compile(r"successfully loaded '([^']+)'")
+_FAILED = re.compile(r"failed to load '([^']+)' version \d+: (.*)")
+_CONFIG = re.compile(r"Poll failed for model directory '([^']+)': (.*)|failed to poll.*'([^']+)': (.*)")
+_PORT_TAKEN = re.compile(r"failed to start (\w+) service: .*in use", re.IGNORECASE)
+_ERROR = re.compile(r"^(?:E\d{4} .*?\] |error: )(.*)$", re.MULTILINE)
+
+
+def loaded(log: str) -> set[str]:
+    """Models that are ready."""
+    return set(_LOADED.findall(log))
+
+
+def failures(log: str) -> dict[str, str]:
+    """Reason by model name, without the Python traceback that Triton appends."""
+    found = {}
+    for model, reason in _FAILED.findall(log):
+        found[model] = _first_part(reason)
+    for match in _CONFIG.finditer(log):
+        model, reason = match[1] or match[3], match[2] or match[4]
+        found.setdefault(model, _first_part(reason))
+    return found
+
+
+def port_taken(log: str) -> bool:
+    return _PORT_TAKEN.search(log) is not None
+
+
+def last_errors(log: str, count: int = 5) -> list[str]:
+    """The last error lines, for when no reason was recognised."""
+    return [_first_part(line) for line in _ERROR.findall(log)][-count:]
+
+
+def _first_part(reason: str) -> str:
+    text = reason.rstrip().rstrip('"').split("\\n\\nAt:")[0].replace("\\n", "\n").replace('\\"', '"').strip()
+    for prefix in ("Internal: ", "TritonModelException: ", "Invalid argument: "):
+        text = text.removeprefix(prefix)
+    return text
