@@ -1,7 +1,7 @@
 """Hugging Face encoder checkpoints in, ONNX graphs out; no torch anywhere on the way.
 
-`export_encoder` writes the FP32 graph, `to_fp16` turns any FP32 graph of ours (with or without Q/DQ) into FP16.
-The names that the other stages rely on are listed in `build_engines.export.encoder`.
+`export_encoder` writes the FP32 graph, `to_fp16` turns an FP32 graph (with or without Q/DQ) into FP16. The
+names that other stages rely on are listed in `build_engines.export.encoder`.
 """
 
 from build_engines.export.encoder import ExportedGraph, export_encoder

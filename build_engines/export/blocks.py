@@ -1,4 +1,4 @@
-"""Embeddings, masks and encoder layers, written from an `Encoder` and its checkpoint into a `GraphBuilder`."""
+"""Embeddings, masks and encoder layers: an `Encoder` and its checkpoint become nodes of a `GraphBuilder`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from build_engines.export.architecture import GELU, PLAIN_ACTIVATIONS, Encoder
 from build_engines.export.checkpoint import Checkpoint, FloatArray
-from build_engines.export.families import GELU, PLAIN_ACTIVATIONS, Encoder, Rotary
 from build_engines.export.graph import GraphBuilder, Weight
 
 FLOAT = np.dtype(np.float32)
@@ -36,7 +36,9 @@ class Scope:
 
         return Weight((k, n), FLOAT, load)
 
-    def linear(self, node: str, x: str, modules: tuple[str, ...], shape: tuple[int, int], bias: bool = True) -> str:
+    def linear(
+        self, node: str, x: str, modules: tuple[str, ...], shape: tuple[int, int], bias: bool = True
+    ) -> str:
         """x [..., K] through the modules' weights as one Linear of `shape` (K, N)."""
         k, n = shape
         weight = self.matrix(tuple(f"{module}.weight" for module in modules), k, n)
@@ -64,7 +66,7 @@ class Scope:
 
 
 def write_encoder(scope: Scope, *, with_token_types: bool) -> str:
-    """Everything from token ids to the last hidden state [batch, sequence, hidden], whose name is returned."""
+    """Everything from token ids to the last hidden state [batch, sequence, hidden]; returns its name."""
     encoder, graph = scope.encoder, scope.graph
     graph.input("input_ids", ["batch", "sequence"])
     graph.input("attention_mask", ["batch", "sequence"])
@@ -80,13 +82,15 @@ def write_encoder(scope: Scope, *, with_token_types: bool) -> str:
         write_layer = _pre_norm_layer if encoder.rotary else _post_norm_layer
         hidden = write_layer(scope, layer, hidden, attention)
     if encoder.family.names.final_norm:
-        hidden = scope.norm("encoder.norm", hidden, encoder.tensor(encoder.family.names.final_norm), encoder.hidden)
+        hidden = scope.norm(
+            "encoder.norm", hidden, encoder.tensor(encoder.family.names.final_norm), encoder.hidden
+        )
     return hidden
 
 
 @dataclass(frozen=True, slots=True)
 class _Attention:
-    """What attention in one layer reads beside its input: mask, and for rotary layers positions and tables."""
+    """What attention in one layer reads beside its input: the mask, and rotary positions and tables."""
 
     mask: str
     positions: str | None
@@ -102,7 +106,9 @@ def _embeddings(scope: Scope, with_token_types: bool) -> str:
     graph.weight("embeddings.word.weight", Weight(shape, FLOAT, lambda: scope.checkpoint.read(word)))
     x = graph.node("Gather", ["embeddings.word.weight", "input_ids"], "embeddings.word", axis=0)
     if names.position:
-        graph.weight("embeddings.position.weight", _position_table(scope, fold_type_zero=not with_token_types))
+        graph.weight(
+            "embeddings.position.weight", _position_table(scope, fold_type_zero=not with_token_types)
+        )
         rows = _first_rows(graph, "embeddings.position.weight", "embeddings.position")
         x = graph.node("Add", [x, rows], "embeddings.add_position")
     if with_token_types:
@@ -122,11 +128,13 @@ def _embeddings(scope: Scope, with_token_types: bool) -> str:
 
 
 def _position_table(scope: Scope, *, fold_type_zero: bool) -> Weight:
-    """Rows from the family's first position on; one text has token type 0 everywhere, so that row is added here."""
+    """Rows from the family's first position on; a single text has token type 0 only, so that row is added."""
     encoder, names, checkpoint = scope.encoder, scope.encoder.family.names, scope.checkpoint
     position = encoder.tensor(f"{names.position}.weight")
     checkpoint.claim(position, (encoder.positions, encoder.embedding))
-    token_type = encoder.tensor(f"{names.token_type}.weight") if encoder.token_types and fold_type_zero else None
+    token_type = (
+        encoder.tensor(f"{names.token_type}.weight") if encoder.token_types and fold_type_zero else None
+    )
     if token_type:
         checkpoint.claim(token_type, (encoder.token_types, encoder.embedding))
 
@@ -144,7 +152,7 @@ def _first_rows(graph: GraphBuilder, table: str, node: str) -> str:
 
 
 def _masks(scope: Scope) -> dict[bool, str]:
-    """Boolean attention masks [B,1,S,S], True where a query sees a key: {False: global, True: local layers}."""
+    """Boolean masks [B, 1, S, S], True where a query sees a key: {False: global, True: local layers}."""
     graph, rotary = scope.graph, scope.encoder.rotary
     from onnx import TensorProto
 
@@ -180,7 +188,7 @@ def _rotary_positions(scope: Scope) -> str:
 
 
 def _rotary_tables(scope: Scope, kind: str, theta: float) -> None:
-    """cos and sin of position x frequency, [max_positions, head/2], computed as transformers does, in float32."""
+    """cos and sin of position x frequency, [max_positions, head / 2], in float32 as transformers has them."""
     encoder = scope.encoder
     size = encoder.hidden // encoder.heads
     shape = (encoder.max_positions, size // 2)
@@ -208,10 +216,11 @@ def _attention(scope: Scope, layer: int, x: str, attention: _Attention) -> str:
     if attention.positions:
         tables = [f"rotary.{attention.table}.cos", f"rotary.{attention.table}.sin", attention.positions]
         q, k = (
-            graph.node("RotaryEmbedding", [t, *tables], f"{t}.rotary", num_heads=encoder.heads) for t in (q, k)
+            graph.node("RotaryEmbedding", [t, *tables], f"{t}.rotary", num_heads=encoder.heads)
+            for t in (q, k)
         )
-    heads: dict[str, int] = {"q_num_heads": encoder.heads, "kv_num_heads": encoder.heads}
-    context = graph.node("Attention", [q, k, v, attention.mask], f"{base}.core", **heads)
+    inputs, heads = [q, k, v, attention.mask], encoder.heads
+    context = graph.node("Attention", inputs, f"{base}.core", q_num_heads=heads, kv_num_heads=heads)
     module = encoder.tensor(names.attention_output, layer)
     return scope.linear(f"{base}.output", context, (module,), (hidden, hidden), encoder.attention_bias)
 

@@ -115,7 +115,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ExportError(
             f"{path} does not exist",
             cause="the folder is not a Hugging Face checkpoint, or its download did not finish",
-            next_step="run `build-engines fetch STACK`, or point `source` at the folder that holds config.json",
+            next_step="run `build-engines fetch STACK`, or point `source` at the folder with config.json",
         )
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
@@ -152,7 +152,7 @@ def missing_tensors(checkpoint: Checkpoint, names: list[str]) -> ExportError:
     architectures = ", ".join(checkpoint.config.get("architectures") or []) or "not stated"
     return ExportError(
         f"{checkpoint.folder}: the weights lack {', '.join(names)}",
-        cause=f"the checkpoint was saved by another architecture (config.json: {architectures}) or is incomplete",
+        cause=f"the checkpoint is of another architecture (config.json: {architectures}) or incomplete",
         next_step="use the task this checkpoint was trained for, or fetch it again",
     )
 
@@ -166,8 +166,10 @@ def _read_shards(index: Path) -> dict[str, TensorEntry]:
         # A shard name is a plain file name: an index must not be able to point outside its folder.
         path = index.parent / Path(shard).name
         if not path.is_file():
-            raise ExportError(f"{path} is named by {index.name} but does not exist",
-                              next_step="run `build-engines fetch STACK` to finish the download")
+            raise ExportError(
+                f"{path} is named by {index.name} but does not exist",
+                next_step="run `build-engines fetch STACK` to finish the download",
+            )
         entries.update(_read_header(path))
     lost = sorted(set(weight_map) - set(entries))
     if lost:
@@ -207,7 +209,9 @@ def _entry(path: Path, base: int, info: dict[str, Any]) -> TensorEntry:
 def _canonical(entries: dict[str, TensorEntry], folder: Path) -> dict[str, TensorEntry]:
     """Give the norms of checkpoints converted from TensorFlow (gamma, beta) their present names."""
     renamed = {
-        re.sub(r"(LayerNorm\.)(gamma|beta)$", lambda m: m[1] + ("weight" if m[2] == "gamma" else "bias"), name): entry
+        re.sub(
+            r"(LayerNorm\.)(gamma|beta)$", lambda m: m[1] + ("weight" if m[2] == "gamma" else "bias"), name
+        ): entry
         for name, entry in entries.items()
     }
     if len(renamed) != len(entries):

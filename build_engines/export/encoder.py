@@ -2,33 +2,39 @@
 
 What the other stages may rely on (opset 23, symbolic dimensions "batch" and "sequence"):
 
-Inputs: `input_ids`, `attention_mask` int64 [batch, sequence], right padded; `token_type_ids` only for rerank with more
-than one token type (otherwise the row of type 0 is added to the position table).
+Inputs: `input_ids`, `attention_mask` int64 [batch, sequence], right padded; `token_type_ids` only for
+rerank with more than one token type (otherwise the row of type 0 is added to the position table).
 
 Outputs, float32: classify `logits`, `probabilities` [batch, labels]; embed `embeddings` [batch, dimension];
 rerank `scores` [batch] and `logits` [batch, 1 or 2].
 
-Nodes and initializers:
-  Linear N      MatMul node `N` with initializer `N.weight` [K, N]; Add node `N.bias` with initializer `N.bias_value`.
-                Without a bias there is only the MatMul. The Linear's result is `N.output` (head.output: `logits`);
-                between MatMul and Add it is `N.matmul`. N is one of
-                layers.{i}.attention.qkv (query, key and value side by side, Split node layers.{i}.attention.split),
-                layers.{i}.attention.output, layers.{i}.ffn.up (gated: input and gate side by side, Split node
-                layers.{i}.ffn.split), layers.{i}.ffn.down, embeddings.projection (Electra), pooler, head.dense,
-                head.dense2... (further sentence-transformers Dense modules), head.output.
-  Norm N        LayerNormalization node `N`, initializers `N.weight`, `N.bias_value`: embeddings.norm,
-                layers.{i}.attention.norm, layers.{i}.ffn.norm, encoder.norm, head.norm. In BERT's layers a norm follows
-                the residual Add (layers.{i}.attention.residual, layers.{i}.ffn.residual); in ModernBERT's it precedes
-                the Linear it feeds, and layer 0 has no attention norm.
-  Activation    Gelu (or Relu, Tanh, Sigmoid + Mul) node layers.{i}.ffn.act; gated: Mul node layers.{i}.ffn.gated.
-  Attention     Attention node layers.{i}.attention.core on [batch, sequence, hidden] query, key, value with head counts
-                as attributes and a boolean mask, True where a key is seen: mask.global.output or, in local
-                layers, mask.local.output [B, 1, S, S]. Rotary layers: RotaryEmbedding nodes layers.{i}.attention.query.rotary
-                and .key.rotary.
-  Embeddings    Gather embeddings.word with `embeddings.word.weight`, Slice embeddings.position with
-                `embeddings.position.weight`, Gather embeddings.token_type.
-  Tail          pooling.* and output.* nodes; to_fp16 leaves them in float32.
-A node's result is `<node>.output` unless said otherwise.
+Nodes and initializers; a node's result is `<node>.output` unless said otherwise:
+
+Linear N
+    MatMul node `N` with initializer `N.weight` [K, N] and result `N.matmul`; Add node `N.bias` with
+    initializer `N.bias_value` and result `N.output` (for head.output: `logits`). Without a bias the
+    MatMul's result is `N.output`. N is one of: layers.{i}.attention.qkv (query, key and value side by side,
+    Split node layers.{i}.attention.split), layers.{i}.attention.output, layers.{i}.ffn.up (gated: input and
+    gate side by side, Split node layers.{i}.ffn.split), layers.{i}.ffn.down, embeddings.projection
+    (Electra), pooler, head.dense, head.dense2... (further sentence-transformers Dense modules),
+    head.output. No other MatMul has a weight.
+Norm N
+    LayerNormalization node `N`, initializers `N.weight` and, with a bias, `N.bias_value`: embeddings.norm,
+    layers.{i}.attention.norm, layers.{i}.ffn.norm, encoder.norm, head.norm. In BERT's layers a norm follows
+    the residual Add (layers.{i}.attention.residual, layers.{i}.ffn.residual); in ModernBERT's it precedes
+    the Linear it feeds, and layer 0 has no attention norm.
+Activation
+    Gelu (or Relu, Tanh, Sigmoid + Mul) node layers.{i}.ffn.act; gated: Mul node layers.{i}.ffn.gated.
+Attention
+    Attention node layers.{i}.attention.core on [batch, sequence, hidden] query, key and value, head counts
+    as attributes, and a boolean mask [B, 1, S, S], True where a key is seen: mask.global.output or, in
+    local layers, mask.local.output. Rotary layers: RotaryEmbedding nodes layers.{i}.attention.query.rotary
+    and .key.rotary.
+Embeddings
+    Gather embeddings.word with `embeddings.word.weight`, Slice embeddings.position with
+    `embeddings.position.weight`, Gather embeddings.token_type.
+Tail
+    pooling.* and output.* nodes; to_fp16 leaves them in float32.
 """
 
 from __future__ import annotations
@@ -38,9 +44,9 @@ from pathlib import Path
 from typing import Any
 
 from build_engines.errors import ExportError
+from build_engines.export.architecture import Encoder, harmless_tensors, read_encoder
 from build_engines.export.blocks import Scope, write_encoder
 from build_engines.export.checkpoint import Checkpoint, open_checkpoint
-from build_engines.export.families import Encoder, harmless_tensors, read_encoder
 from build_engines.export.graph import EXTERNAL_THRESHOLD, GraphBuilder
 from build_engines.export.heads import write_classifier, write_embedding, write_reranker
 from build_engines.export.sentence import encoder_folder, read_sentence
@@ -51,10 +57,10 @@ TASKS = ("classify", "embed", "rerank")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportedGraph:
-    """Where the graph is and what a server must know to use it.
+    """Where the graph is, and what a server must know to use it.
 
-    `serving` holds task, inputs, outputs, labels (None unless classify), multi_label, dimension (None unless embed),
-    pad_id and max_positions.
+    `serving` holds task, inputs, outputs, labels (None unless classify), multi_label, dimension (None unless
+    embed), pad_id and max_positions.
     """
 
     path: Path
@@ -126,7 +132,7 @@ def _refuse_leftovers(checkpoint: Checkpoint, encoder: Encoder, task: str) -> No
         shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
         raise ExportError(
             f"{checkpoint.folder}: the graph would leave out the tensors {shown}",
-            cause=f"config.json describes another model ({encoder.layers} layers of {encoder.family.model_type}), "
-            "or the architecture was changed",
+            cause=f"config.json describes another model ({encoder.layers} layers of "
+            f"{encoder.family.model_type}), or the architecture was changed",
             next_step="use a folder whose config.json was saved together with its weights",
         )

@@ -1,30 +1,14 @@
-"""What each encoder family calls its settings and its tensors, resolved from config.json into one typed `Encoder`.
+"""What each encoder family calls its tensors and settings.
 
-Sources of the architectures: transformers' modeling_{bert,roberta,xlm_roberta,electra,distilbert,modernbert}.py;
-defaults are those of its configuration classes. `{i}` stands for the layer.
+Sources: transformers' modeling_ and
+configuration_{bert,roberta,xlm_roberta,electra,distilbert,modernbert}.py. `{i}` stands for the layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
-
-from build_engines.errors import ExportError
-from build_engines.export.checkpoint import Checkpoint
-
-# config.json's activation -> ONNX: Gelu's `approximate`, or the name of a plain operator.
-GELU = {
-    "gelu": "none",
-    "gelu_python": "none",
-    "gelu_new": "tanh",
-    "gelu_fast": "tanh",
-    "gelu_accurate": "tanh",
-    "gelu_pytorch_tanh": "tanh",
-    "gelu_python_tanh": "tanh",
-}
-PLAIN_ACTIVATIONS = {"relu": "Relu", "tanh": "Tanh", "silu": "Silu", "swish": "Silu"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +33,8 @@ class TensorNames:
 class Head:
     """The tail of ...ForSequenceClassification: pooled row -> dense -> activation (-> norm) -> output.
 
-    `dense` is None where there is none; names are absolute, except under the model's prefix when `in_model`.
+    Names are absolute; `dense` is under the model's prefix when `in_model`. The activation
+    "classifier_activation" is the one that config.json states under that key.
     """
 
     dense: str
@@ -68,51 +53,6 @@ class Family:
     keys: Mapping[str, tuple[str, Any]]
     # Tensors of other heads: nothing the chosen task computes depends on them.
     harmless: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rotary:
-    """Rotary positions: theta of the layers with global and with local attention, and which layers are local."""
-
-    global_theta: float
-    local_theta: float
-    window: int
-    local_layers: tuple[bool, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Encoder:
-    """One checkpoint's architecture, checked; sizes in elements."""
-
-    family: Family
-    prefix: str
-    hidden: int
-    embedding: int
-    layers: int
-    heads: int
-    ffn: int
-    vocabulary: int
-    positions: int
-    position_offset: int
-    token_types: int
-    activation: str
-    head_activation: str
-    head_pooling: Literal["cls", "mean"]
-    norm_epsilon: float
-    pad_id: int
-    rotary: Rotary | None
-    attention_bias: bool
-    ffn_bias: bool
-    norm_bias: bool
-    head_bias: bool
-
-    @property
-    def max_positions(self) -> int:
-        """Longest sequence the position table holds."""
-        return self.positions - self.position_offset
-
-    def tensor(self, name: str, layer: int | None = None) -> str:
-        return self.prefix + (name if layer is None else name.format(i=layer))
 
 
 _BERT_NAMES = TensorNames(
@@ -196,7 +136,9 @@ FAMILIES: dict[str, Family] = {
     "bert": Family(
         model_type="bert",
         names=_BERT_NAMES,
-        head=Head(dense="pooler.dense", dense_node="pooler", activation="tanh", output="classifier", in_model=True),
+        head=Head(
+            dense="pooler.dense", dense_node="pooler", activation="tanh", output="classifier", in_model=True
+        ),
         keys=_BERT_KEYS,
         harmless=(r"^cls\.(predictions|seq_relationship)\.",),
     ),
@@ -221,8 +163,12 @@ FAMILIES: dict[str, Family] = {
         head=Head(
             dense="classifier.dense", dense_node="head.dense", activation="gelu", output="classifier.out_proj"
         ),
-        keys={**_BERT_KEYS, "hidden": ("hidden_size", 256), "heads": ("num_attention_heads", 4),
-              "ffn": ("intermediate_size", 1024)},
+        keys={
+            **_BERT_KEYS,
+            "hidden": ("hidden_size", 256),
+            "heads": ("num_attention_heads", 4),
+            "ffn": ("intermediate_size", 1024),
+        },
         harmless=(r"^discriminator_predictions\.", r"^generator_(predictions|lm_head)\."),
     ),
     "distilbert": Family(
@@ -235,164 +181,14 @@ FAMILIES: dict[str, Family] = {
     "modernbert": Family(
         model_type="modernbert",
         names=_MODERNBERT_NAMES,
-        head=Head(dense="head.dense", dense_node="head.dense", activation="classifier_activation",
-                  output="classifier", norm="head.norm"),
+        head=Head(
+            dense="head.dense",
+            dense_node="head.dense",
+            activation="classifier_activation",
+            output="classifier",
+            norm="head.norm",
+        ),
         keys=_MODERNBERT_KEYS,
         harmless=(r"^decoder\.",),
     ),
 }
-# Buffers that older transformers saved with the weights.
-_BUFFERS = (r"(^|\.)position_ids$", r"embeddings\.token_type_ids$", r"\.inv_freq$")
-
-
-def read_encoder(checkpoint: Checkpoint) -> Encoder:
-    """Resolve config.json into an `Encoder`.
-
-    Raises:
-        ExportError: the family, or something the configuration asks for, is not supported.
-    """
-    config, folder = checkpoint.config, checkpoint.folder
-    model_type = str(config.get("model_type"))
-    family = FAMILIES.get(model_type)
-    if family is None:
-        raise ExportError(
-            f"{folder}: model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}",
-            cause="the export writes the graph of each family itself and knows only these encoders",
-            next_step="choose a checkpoint of a supported family",
-        )
-    _refuse_unsupported(config, folder)
-    # An explicit null means "not set" in config.json.
-    values = {
-        field: default if config.get(key) is None else config[key] for field, (key, default) in family.keys.items()
-    }
-    prefix = _prefix(checkpoint, family)
-    word_shape = checkpoint.shape(f"{prefix}{family.names.word}.weight")
-    sizes = {key: _size(values[key], family.keys[key][0], folder) for key in ("hidden", "layers", "heads", "ffn")}
-    if sizes["hidden"] % sizes["heads"]:
-        raise ExportError(f"{folder}: hidden size {sizes['hidden']} is no multiple of {sizes['heads']} heads")
-    modern = model_type == "modernbert"
-    head_activation = family.head.activation
-    if head_activation == "classifier_activation":
-        head_activation = str(config.get(head_activation) or "gelu")
-    for key, activation in (("hidden", values["activation"]), ("classifier", head_activation)):
-        _check_activation(activation, f"{key} activation", folder)
-    return Encoder(
-        family=family,
-        prefix=prefix,
-        **sizes,
-        embedding=word_shape[1],
-        vocabulary=word_shape[0],
-        positions=_size(values["positions"], "max_position_embeddings", folder),
-        # RoBERTa counts positions from padding_idx + 1.
-        position_offset=int(values["pad_id"]) + 1 if "roberta" in model_type else 0,
-        token_types=int(values.get("token_types", 0)) if family.names.token_type else 0,
-        activation=values["activation"],
-        head_activation=head_activation,
-        head_pooling=_head_pooling(config, family, folder),
-        norm_epsilon=float(values.get("norm_epsilon", 1e-12)),
-        pad_id=int(values["pad_id"]),
-        rotary=_rotary(config, sizes["layers"], folder) if modern else None,
-        attention_bias=not modern or bool(config.get("attention_bias", False)),
-        ffn_bias=not modern or bool(config.get("mlp_bias", False)),
-        norm_bias=not modern or bool(config.get("norm_bias", False)),
-        head_bias=not modern or bool(config.get("classifier_bias", False)),
-    )
-
-
-def harmless_tensors(encoder: Encoder, task: str) -> tuple[str, ...]:
-    """Regular expressions of the tensors that may stay unused for `task`."""
-    patterns = (*encoder.family.harmless, *_BUFFERS)
-    if task == "embed":
-        # Heads trained on top of the encoder, and the pooler: an embedding reads the last hidden state.
-        return (*patterns, r"(^|\.)pooler\.", r"^(pre_)?classifier\.", r"^head\.")
-    return patterns if encoder.family.head.in_model else (*patterns, r"(^|\.)pooler\.")
-
-
-def _refuse_unsupported(config: dict[str, Any], folder: Path) -> None:
-    refusals = {
-        "decoder models": config.get("is_decoder"),
-        "cross attention": config.get("add_cross_attention"),
-        "quantized checkpoints (quantization_config)": config.get("quantization_config"),
-        "pruned heads": config.get("pruned_heads"),
-        "tied or shared layers (num_hidden_groups)": config.get("num_hidden_groups"),
-        "chunked encoder-decoders": config.get("is_encoder_decoder"),
-    }
-    for what, present in refusals.items():
-        if present:
-            raise ExportError(
-                f"{folder}: {what} are not supported; supported are plain encoders with all their heads",
-                next_step="choose a plain encoder checkpoint",
-            )
-    position_type = config.get("position_embedding_type", "absolute")
-    if position_type not in ("absolute", "sans_pos", None) or position_type == "sans_pos":
-        raise ExportError(
-            f"{folder}: position_embedding_type {position_type!r} is not supported; supported is 'absolute'",
-            cause="relative positions change what attention computes, the graph would be silently wrong",
-            next_step="choose a checkpoint with absolute positions",
-        )
-
-
-def _prefix(checkpoint: Checkpoint, family: Family) -> str:
-    """The part before the encoder's own names: "bert.", "model.", or nothing."""
-    ending = f"{family.names.word}.weight"
-    found = [name for name in checkpoint.entries if name == ending or name.endswith(f".{ending}")]
-    if len(found) != 1:
-        what = "no" if not found else "more than one"
-        raise ExportError(
-            f"{checkpoint.folder}: the weights hold {what} tensor {ending}{': ' + ', '.join(found) if found else ''}",
-            cause=f"config.json says model_type {family.model_type!r}, the weights are of another or a composed model",
-            next_step="use a checkpoint with one encoder",
-        )
-    return found[0][: -len(ending)]
-
-
-def _size(value: Any, key: str, folder: Path) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ExportError(f"{folder}/config.json: {key} must be a positive integer, not {value!r}")
-    return value
-
-
-def _check_activation(activation: Any, what: str, folder: Path) -> None:
-    if activation not in GELU and activation not in PLAIN_ACTIVATIONS:
-        supported = ", ".join(sorted({*GELU, *PLAIN_ACTIVATIONS}))
-        raise ExportError(f"{folder}: {what} {activation!r} is not supported; supported are {supported}")
-
-
-def _head_pooling(config: dict[str, Any], family: Family, folder: Path) -> Literal["cls", "mean"]:
-    pooling = config.get("classifier_pooling", "cls") if family.model_type == "modernbert" else "cls"
-    if pooling == "cls":
-        return "cls"
-    if pooling == "mean":
-        return "mean"
-    raise ExportError(f"{folder}: classifier_pooling {pooling!r} is not supported; supported are cls and mean")
-
-
-def _rotary(config: dict[str, Any], layers: int, folder: Path) -> Rotary:
-    """ModernBERT's positions from both spellings: `rope_parameters` (transformers 5) and `*_rope_theta` (4)."""
-    kinds = config.get("layer_types")
-    if kinds is None:
-        every = int(config.get("global_attn_every_n_layers") or 3)
-        kinds = ["full_attention" if layer % every == 0 else "sliding_attention" for layer in range(layers)]
-    unknown = set(kinds) - {"full_attention", "sliding_attention"}
-    if unknown or len(kinds) != layers:
-        raise ExportError(f"{folder}: layer_types names {sorted(unknown) or len(kinds)}, {layers} layers of "
-                          "full_attention or sliding_attention are expected")
-    global_theta = float(config.get("global_rope_theta") or 160_000.0)
-    # Before transformers 5 a null local theta meant "the global one".
-    local = config.get("local_rope_theta", 10_000.0)
-    thetas = {"full_attention": global_theta, "sliding_attention": float(global_theta if local is None else local)}
-    parameters = config.get("rope_parameters") or {}
-    scaling = [p for p in (config.get("rope_scaling"), *parameters.values()) if isinstance(p, dict)]
-    for entry in scaling:
-        if entry.get("rope_type", entry.get("type", "default")) != "default":
-            raise ExportError(f"{folder}: rope_type {entry.get('rope_type', entry.get('type'))!r} is not supported; "
-                              "supported is 'default'")
-    for kind, entry in parameters.items():
-        if isinstance(entry, dict) and entry.get("rope_theta") is not None:
-            thetas[kind] = float(entry["rope_theta"])
-    return Rotary(
-        global_theta=thetas["full_attention"],
-        local_theta=thetas["sliding_attention"],
-        window=int(config.get("local_attention") or 128) // 2,
-        local_layers=tuple(kind == "sliding_attention" for kind in kinds),
-    )

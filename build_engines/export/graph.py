@@ -1,7 +1,7 @@
 """GraphBuilder: ONNX nodes by name, weights by promise, and files that are either whole or absent.
 
-Weights are read only while the file is written, one at a time, so that the memory needed is the graph plus one
-tensor when they go to external data.
+Weights are read only while the file is written, one at a time: with external data, the memory needed is the
+graph plus one tensor.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ class GraphBuilder:
         self.weights[name] = weight
         return name
 
-    def node(self, op: str, inputs: Sequence[str], name: str, output: str | None = None, **attributes: Any) -> str:
+    def node(
+        self, op: str, inputs: Sequence[str], name: str, output: str | None = None, **attributes: Any
+    ) -> str:
         """Add a node with one output (named `<name>.output` unless told) and return that output's name."""
         return self.multi_node(op, inputs, name, [output or f"{name}.output"], **attributes)[0]
 
@@ -124,7 +126,7 @@ class GraphBuilder:
         return self.node("LayerNormalization", inputs, name, axis=-1, epsilon=epsilon, stash_type=1)
 
     def write(self, path: Path, *, external_threshold: int = EXTERNAL_THRESHOLD) -> None:
-        """Write `path` (and `<path>.data` when the weights exceed `external_threshold` bytes), checked, or nothing.
+        """Write `path`, and `<path>.data` for weights above `external_threshold` bytes; checked, or nothing.
 
         Raises:
             ExportError: the disk is full, or onnx.checker refuses the graph.
@@ -138,7 +140,9 @@ class GraphBuilder:
                 initializers = [self._initializer(name, w, data, path) for name, w in self.weights.items()]
             graph = helper.make_graph(self.nodes, self.name, self.inputs, self.outputs, initializers)
             opsets = [helper.make_opsetid("", OPSET)]
-            model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="onecard")
+            model = helper.make_model(
+                graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="onecard"
+            )
             draft.write_bytes(model.SerializeToString())
             verify_graph(draft)
 
@@ -147,14 +151,16 @@ class GraphBuilder:
 
         array = np.asarray(weight.load(), order="C")
         if array.shape != weight.shape or array.dtype != weight.dtype:
-            raise AssertionError(f"{name}: {array.dtype} {array.shape} instead of {weight.dtype} {weight.shape}")
+            raise AssertionError(
+                f"{name}: {array.dtype} {array.shape} instead of {weight.dtype} {weight.shape}"
+            )
         tensor = TensorProto(name=name, dims=list(array.shape))
         tensor.data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
         # Small constants stay inside: shape inference and TensorRT's parser want to see them.
         if data is None or array.nbytes < 1024:
             tensor.raw_data = array.tobytes()
         else:
-            _store_external(tensor, memoryview(array).cast("B"), data, f"{path.name}.data")
+            _store_external(tensor, memoryview(array.tobytes()), data, f"{path.name}.data")
         return tensor
 
     def _claim_tensor(self, name: str) -> None:
@@ -253,7 +259,7 @@ def _written_aside(path: Path) -> Any:
     try:
         draft = folder / path.name
         yield draft
-        # The graph goes first and comes back last: at no moment does a graph stand beside another graph's data.
+        # The graph goes first and comes back last: no graph ever stands beside another graph's data.
         path.unlink(missing_ok=True)
         final_data.unlink(missing_ok=True)
         if (folder / final_data.name).exists():

@@ -1,9 +1,9 @@
 """to_fp16: an FP32 graph, with or without Q/DQ, rewritten so that its tensors are FP16.
 
-Types are followed node by node from the operators' own schemas. A node stays in float32 when FP16 would not hold what it
-computes: the pooling and output tail, and a Q or DQ whose scale is below FP16's normal range (its relative error would
-reach percents). Casts go where the two meet. INT8 weights and zero points stay as they are, and graph inputs and outputs
-keep their types.
+Types are followed node by node from the operators' own schemas. A node stays in float32 when FP16 would not
+hold what it computes: the pooling and output tail, and a Q or DQ whose scale is below FP16's normal range
+(its relative error would reach percents). Casts go where the two meet. INT8 weights and zero points stay as
+they are, and graph inputs and outputs keep their types.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from build_engines.export.graph import Array, read_graph, save_graph
 if TYPE_CHECKING:
     import onnx
 
-FLOAT, FLOAT16 = 1, 10  # onnx.TensorProto's codes
+FLOAT, INT64, FLOAT16 = 1, 7, 10  # onnx.TensorProto's codes
 _FP16_MAX = float(np.finfo(np.float16).max)
 _FP16_TINY = float(np.finfo(np.float16).tiny)  # the smallest normal number
 KEPT_IN_FLOAT = ("pooling.", "output.")
@@ -35,7 +35,7 @@ def to_fp16_file(source: Path, target: Path) -> None:
 def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a new model whose float32 tensors are FP16 (see the module); `model` is unchanged.
 
-    Finite values beyond FP16's range become its largest value, so that a mask constant never turns into infinity.
+    Finite values beyond FP16's range become its largest value: a mask constant never turns into infinity.
 
     Raises:
         ExportError: an operator whose types cannot be followed (another domain, a subgraph).
@@ -62,7 +62,14 @@ class _Halver:
         for output in self.model.graph.output:
             self._restore_output(output)
         result = type(self.model)()
-        for field in ("ir_version", "producer_name", "producer_version", "domain", "model_version", "doc_string"):
+        for field in (
+            "ir_version",
+            "producer_name",
+            "producer_version",
+            "domain",
+            "model_version",
+            "doc_string",
+        ):
             setattr(result, field, getattr(self.model, field))
         result.opset_import.extend(self.model.opset_import)
         result.metadata_props.extend(self.model.metadata_props)
@@ -89,7 +96,7 @@ class _Halver:
 
         if node.domain not in ("", "ai.onnx") or any(a.type == AttributeProto.GRAPH for a in node.attribute):
             raise ExportError(
-                f"node {node.name or node.op_type} ({node.domain}::{node.op_type}) cannot be turned into FP16",
+                f"node {node.name} ({node.domain}::{node.op_type}) cannot be turned into FP16",
                 cause="only plain ONNX operators are converted; a graph lowered for one runtime is not",
                 next_step="convert the graph before lowering it",
             )
@@ -97,10 +104,16 @@ class _Halver:
         if node.op_type == "Cast":
             return [attributes["to"].i]
         if node.op_type in ("Constant", "ConstantOfShape"):
-            return [attributes["value"].t.data_type if "value" in attributes else FLOAT]
+            if "value" in attributes:
+                return [attributes["value"].t.data_type]
+            return [INT64 if {"value_int", "value_ints"} & attributes.keys() else FLOAT]
         if node.op_type == "QuantizeLinear":
             stated = attributes["output_dtype"].i if "output_dtype" in attributes else 0
             return [types[node.input[2]] if len(node.input) > 2 and node.input[2] else stated or 2]
+        if (
+            node.op_type == "DequantizeLinear"
+        ):  # its output follows the scale; the schema has a parameter of its own
+            return [types[node.input[1]]]
         schema = defs.get_schema(node.op_type, self.opset)
         by_parameter: dict[str, int] = {}
         for index, name in enumerate(node.input):
@@ -135,6 +148,9 @@ class _Halver:
     def _stays_float(self, node: onnx.NodeProto) -> bool:
         if node.name.startswith(KEPT_IN_FLOAT):
             return True
+        if node.op_type in ("Constant", "ConstantOfShape"):
+            # Without a tensor to convert these make float32 numbers only.
+            return all(attribute.name != "value" for attribute in node.attribute)
         if node.op_type not in _QUANTIZERS or node.input[1] not in self.arrays:
             return False
         scale = np.abs(_array(self.arrays[node.input[1]]))
@@ -156,7 +172,7 @@ class _Halver:
         return self.casts[name, target]
 
     def _restore_output(self, output: onnx.ValueInfoProto) -> None:
-        """A graph output computed in FP16 keeps its name and float32 type: its producer is renamed, a Cast follows."""
+        """A graph output keeps its name and float32 type: its FP16 producer is renamed, a Cast follows."""
         from onnx import helper
 
         name = output.name
@@ -196,7 +212,9 @@ def _only_type(formal: onnx.defs.OpSchema.FormalParameter, node: onnx.NodeProto)
     from onnx import TensorProto
 
     if len(formal.types) != 1:
-        raise ExportError(f"node {node.name or node.op_type}: the type of its output {formal.name} cannot be followed")
+        raise ExportError(
+            f"node {node.name or node.op_type}: the type of its output {formal.name} cannot be followed"
+        )
     (allowed,) = formal.types
     return int(TensorProto.DataType.Value(allowed.removeprefix("tensor(").removesuffix(")").upper()))
 

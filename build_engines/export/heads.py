@@ -24,7 +24,7 @@ def write_classifier(scope: Scope, hidden: str) -> list[str]:
     problem = config.get("problem_type")
     if problem == "regression" or (count == 1 and problem != "multi_label_classification"):
         raise ExportError(
-            f"{folder}: a model with {count} output(s) and problem_type {problem!r} predicts numbers, not classes",
+            f"{folder}: {count} output(s) with problem_type {problem!r} predict numbers, not classes",
             next_step='use task = "rerank" if it scores pairs of texts, or choose a classifier',
         )
     labels = label_names(scope, count)
@@ -49,8 +49,8 @@ def write_reranker(scope: Scope, hidden: str) -> None:
             f"{scope.checkpoint.folder}: a reranker has one or two outputs, this head has {count}",
             next_step='use task = "classify", or choose a cross-encoder',
         )
-    operator, attributes = ("Sigmoid", {}) if count == 1 else ("Softmax", {"axis": -1})
-    scores = graph.node(operator, ["logits"], "output.relevance", **attributes)
+    # Softmax works along the last axis unless told otherwise.
+    scores = graph.node("Sigmoid" if count == 1 else "Softmax", ["logits"], "output.relevance")
     last = graph.constant("output.last", np.array(count - 1, np.int64))
     graph.node("Gather", [scores, last], "output.scores", "scores", axis=1)
     graph.output("scores", ["batch"])
@@ -58,12 +58,14 @@ def write_reranker(scope: Scope, hidden: str) -> None:
 
 
 def write_embedding(scope: Scope, hidden: str, sentence: Sentence) -> int:
-    """embeddings [batch, dimension] through pooling and the sentence-transformers modules; returns the dimension."""
+    """embeddings [batch, dimension] through pooling and sentence modules; returns the dimension."""
     graph, size = scope.graph, scope.encoder.hidden
     x = _pool(scope, hidden, sentence.pooling)
     for number, module in enumerate(sentence.modules):
         if isinstance(module, Dense):
-            x, size = _dense(scope, x, size, module, "head.dense" if not number else f"head.dense{number + 1}")
+            x, size = _dense(
+                scope, x, size, module, "head.dense" if not number else f"head.dense{number + 1}"
+            )
         else:
             x = _normalize(scope, x, f"output.normalize{number + 1}", None)
     if sentence.normalize:
@@ -82,14 +84,18 @@ def label_names(scope: Scope, count: int) -> list[str]:
     try:
         by_id = {int(key): str(value) for key, value in table.items()}
     except ValueError as error:
-        raise ExportError(f"{scope.checkpoint.folder}: id2label has a key that is no number: {error}") from error
+        raise ExportError(
+            f"{scope.checkpoint.folder}: id2label has a key that is no number: {error}"
+        ) from error
     if sorted(by_id) != list(range(count)):
         raise ExportError(
             f"{scope.checkpoint.folder}: id2label names {len(by_id)} labels, the head has {count} outputs",
             cause="config.json and the weights belong to different models",
         )
     if len(set(by_id.values())) != count:
-        raise ExportError(f"{scope.checkpoint.folder}: id2label uses a label twice: {', '.join(by_id.values())}")
+        raise ExportError(
+            f"{scope.checkpoint.folder}: id2label uses a label twice: {', '.join(by_id.values())}"
+        )
     return [by_id[index] for index in range(count)]
 
 
@@ -122,8 +128,8 @@ def _pool(scope: Scope, hidden: str, pooling: str) -> str:
     from onnx import TensorProto
 
     if pooling == "cls":
-        first = graph.constant("pooling.first", np.array(0, np.int64))
-        return graph.node("Gather", [hidden, first], "pooling.cls", axis=1)
+        first = graph.constant("first_token.index", np.array(0, np.int64))
+        return graph.node("Gather", [hidden, first], "first_token", axis=1)
     mask = graph.node("Cast", ["attention_mask"], "pooling.mask", to=TensorProto.FLOAT)
     axis = graph.constant("pooling.axis", np.array([1], np.int64))
     count = graph.node("ReduceSum", [mask, axis], "pooling.count", keepdims=1)

@@ -1,6 +1,6 @@
 """sentence-transformers folders: which modules follow the encoder (modules.json) and what they are set to.
 
-Both spellings are read: up to version 5 (`pooling_mode_mean_tokens: true`) and later (`pooling_mode: "mean"`).
+Both spellings of pooling are read: `pooling_mode_mean_tokens: true` and, newer, `pooling_mode: "mean"`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Sentence:
 
 
 def encoder_folder(source: Path) -> Path:
-    """The folder with config.json: `source`, or the Transformer module's folder in older layouts (0_Transformer)."""
+    """The folder with config.json: `source`, or in older layouts its Transformer module (0_Transformer)."""
     if not source.is_dir():
         raise ExportError(
             f"the checkpoint folder {source} does not exist",
@@ -123,7 +123,7 @@ def _read_pooling(folder: Path) -> Pooling:
     if modes not in (["mean"], ["cls"]):
         raise ExportError(
             f"{folder}: pooling {' + '.join(map(str, modes))} is not supported; supported are mean and cls",
-            next_step='choose another model, or state pooling = "mean" or "cls" in the stack file to override it',
+            next_step='choose another model, or override it with pooling = "mean" or "cls" in the stack file',
         )
     return cast(Pooling, modes[0])
 
@@ -139,7 +139,9 @@ def _read_dense(folder: Path) -> Dense:
     if config.get("use_residual") or placed != "sentence_embedding":
         raise ExportError(f"{folder}: a Dense module with a residual or on {placed} is not supported")
     weights = Checkpoint(folder, config, read_weights_table(folder))
-    return Dense(weights, int(config["out_features"]), bool(config.get("bias", True)), _ACTIVATIONS[activation])
+    return Dense(
+        weights, int(config["out_features"]), bool(config.get("bias", True)), _ACTIVATIONS[activation]
+    )
 
 
 def _refuse_default_prompt(source: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from build_engines.errors import ExportError
 from build_engines.export.checkpoint import read_json
@@ -34,7 +35,7 @@ def write_tokenizer(folder: Path, out: Path, vocabulary: int) -> Path:
     if largest >= vocabulary:
         raise ExportError(
             f"{folder}: the tokenizer knows ids up to {largest}, the embedding table has {vocabulary} rows",
-            cause="tokenizer and weights belong to different models, or tokens were added without resizing the model",
+            cause="they belong to different models, or tokens were added without resizing the model",
             next_step="use the tokenizer that was saved with these weights",
         )
     if _lowercases_first(folder):
@@ -44,7 +45,7 @@ def write_tokenizer(folder: Path, out: Path, vocabulary: int) -> Path:
     return target
 
 
-def _from_slow(folder: Path) -> object:
+def _from_slow(folder: Path) -> Any:
     try:
         from transformers import AutoTokenizer
 
@@ -64,10 +65,10 @@ def _lowercases_first(folder: Path) -> bool:
     return path.is_file() and bool(read_json(path).get("do_lower_case"))
 
 
-def _prepend_lowercase(tokenizer: object) -> None:
+def _prepend_lowercase(tokenizer: Any) -> None:
     from tokenizers import normalizers
 
-    steps: list[object] = [normalizers.Lowercase()]
-    if tokenizer.normalizer is not None:  # type: ignore[attr-defined]
-        steps.append(tokenizer.normalizer)  # type: ignore[attr-defined]
-    tokenizer.normalizer = normalizers.Sequence(steps)  # type: ignore[attr-defined]
+    steps: list[Any] = [normalizers.Lowercase()]
+    if tokenizer.normalizer is not None:
+        steps.append(tokenizer.normalizer)
+    tokenizer.normalizer = normalizers.Sequence(steps)
