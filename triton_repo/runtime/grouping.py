@@ -52,17 +52,17 @@ def padding_waste(lengths: Sequence[int], groups: Sequence[Sequence[int]]) -> in
 def measure_overhead(run: Callable[[int, int], object], *, batch: int = 8, width: int = 64) -> float:
     """What one engine run costs beyond its tokens, in tokens; `run(batch, width)` executes one.
 
-    Times a small and a large run (best of three, the first ones warm up) and puts a line through both.
-    Clamped to 1..512 so that a disturbed measurement cannot make the grouping absurd.
+    Times a small and a large run (best of several, the first ones warm up) and puts a line through both.
+    Clamped to 8..512 so that a measurement disturbed by other work cannot make the grouping absurd.
     """
     small_tokens, large_tokens = width // 4, batch * width
     run(batch, width)
-    small = _best_of(3, lambda: run(1, width // 4))
-    large = _best_of(3, lambda: run(batch, width))
+    small = _best_of(10, lambda: run(1, small_tokens))
+    large = _best_of(4, lambda: run(batch, width))
     per_token = (large - small) / (large_tokens - small_tokens)
     if per_token <= 0:
         return 512.0
-    return min(512.0, max(1.0, small / per_token - small_tokens))
+    return min(512.0, max(8.0, small / per_token - small_tokens))
 
 
 def _best_of(times: int, call: Callable[[], object]) -> float:

@@ -18,6 +18,9 @@ _CHARACTERS_PER_TOKEN = 8
 # and WordPiece never splits a word of more than 100 characters.
 _MARGIN = 128
 _GROWTH = 8
+# No more of a text is ever tokenized, so that one cannot hold up the batch it is in; a text of which this
+# much gives too few tokens (blanks, words longer than any token) is answered as far as it was read.
+READ_CHARACTERS = 1 << 17
 _SPACES = " \t\n\r"
 
 
@@ -73,9 +76,9 @@ class TextTokenizer:
         room = self.max_length - template.added
         before, after = list(template.before), list(template.after)
         rows = []
-        for ids in self.content(texts):
+        for ids, complete in self.content(texts):
             kept = before + (ids if len(ids) <= room else ids[:room]) + after
-            rows.append(Row(kept, [0] * len(kept), len(ids) > room))
+            rows.append(Row(kept, [0] * len(kept), len(ids) > room or not complete))
         return rows
 
     def pairs(self, groups: Sequence[tuple[str, Sequence[str]]]) -> list[list[Row]]:
@@ -88,19 +91,20 @@ class TextTokenizer:
         content = iter(self.content(flat))
         answer = []
         for _, passages in groups:
-            query_ids = next(content)
-            answer.append([self._pair_row(query_ids, next(content)) for _ in passages])
+            first = next(content)
+            answer.append([self._pair_row(first, next(content)) for _ in passages])
         return answer
 
-    def content(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids without special tokens; of a long text at least the first `max_length + 1`.
+    def content(self, texts: Sequence[str]) -> list[tuple[list[int], bool]]:
+        """Token ids without special tokens, and whether the text was read to its end or far enough.
 
-        A text is cut at white space to a bounded number of characters first; if that leaves too few tokens
-        to know the answer (long runs of blanks, words that become one unknown token) it is tried again with
-        more characters. No tokenizer forms a token across white space, so the tokens kept are those of the
-        whole text; a text without white space is cut inside a word, `_MARGIN` tokens after the last one kept.
+        Of a long text the ids are at least the first `max_length`. It is cut at white space to a bounded
+        number of characters first; if that leaves too few tokens to know the answer (long runs of blanks,
+        words that become one unknown token) it is tried again with more, up to READ_CHARACTERS. No tokenizer
+        forms a token across white space, so the tokens kept are those of the whole text; a text without
+        white space is cut inside a word, at least `_MARGIN` tokens after the last one kept.
         """
-        answer: list[list[int]] = [[] for _ in texts]
+        answer: list[tuple[list[int], bool]] = [([], True) for _ in texts]
         pending: Sequence[int] = range(len(texts))
         limit = _CHARACTERS_PER_TOKEN * (self.max_length + _MARGIN)
         while pending:
@@ -108,18 +112,21 @@ class TextTokenizer:
             encodings = self._tokenizer.encode_batch_fast(cut, add_special_tokens=False)
             undecided = []
             for index, part, encoding in zip(pending, cut, encodings, strict=True):
-                answer[index] = ids = encoding.ids
-                if len(part) < len(texts[index]) and len(ids) < self.max_length + _MARGIN:
+                ids = encoding.ids
+                decided = len(part) == len(texts[index]) or len(ids) >= self.max_length + _MARGIN
+                answer[index] = (ids, decided)
+                if not decided:
                     undecided.append(index)
-            pending = undecided
-            limit *= _GROWTH
+            pending = undecided if limit < READ_CHARACTERS else ()
+            limit = min(READ_CHARACTERS, limit * _GROWTH)
         return answer
 
-    def _pair_row(self, first: list[int], second: list[int]) -> Row:
+    def _pair_row(self, query: tuple[list[int], bool], passage: tuple[list[int], bool]) -> Row:
         template = self._pair
         room = self.max_length - template.added
-        truncated = len(first) + len(second) > room
-        if truncated:
+        (first, first_complete), (second, second_complete) = query, passage
+        too_long = len(first) + len(second) > room
+        if too_long:
             keep_first, keep_second = longest_first(len(first), len(second), room)
             first, second = first[:keep_first], second[:keep_second]
         ids = [*template.before, *first, *template.between, *second, *template.after]
@@ -127,7 +134,7 @@ class TextTokenizer:
         types: list[int] = []
         for segment, length in zip(template.types, lengths, strict=True):
             types += [segment] * length
-        return Row(ids, types, truncated)
+        return Row(ids, types, too_long or not (first_complete and second_complete))
 
 
 def bounded(text: str, limit: int) -> str:
@@ -167,11 +174,11 @@ def _learn(tokenizer: Any, *, pair: bool) -> Template:
         template = Template(gaps[0], gaps[1], after, (types[0], types[1], types[2], types[3], last_type))
     else:
         template = Template(gaps[0], (), after, (types[0], types[1], 0, 0, last_type))
-    _check(tokenizer, template, pair)
+    _check(tokenizer, template, pair=pair)
     return template
 
 
-def _check(tokenizer: Any, template: Template, pair: bool) -> None:
+def _check(tokenizer: Any, template: Template, *, pair: bool) -> None:
     sample = ("one two three", "four five, six") if pair else ("one two three",)
     parts = [tokenizer.encode(text, add_special_tokens=False).ids for text in sample]
     built = [*template.before, *parts[0]]
