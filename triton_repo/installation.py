@@ -95,7 +95,8 @@ def shared_python() -> Path:
     name = f"libpython{_PYTHON}.so.1.0"
     folders = [sysconfig.get_config_var("LIBDIR"), f"{sys.base_prefix}/lib", f"{sys.base_prefix}/lib64"]
     multiarch = sysconfig.get_config_var("MULTIARCH")
-    folders += [f"/usr/lib/{multiarch}", "/usr/lib64", "/usr/lib", "/usr/local/lib"] if multiarch else []
+    folders += [f"/usr/lib/{multiarch}"] if multiarch else []
+    folders += ["/usr/lib64", "/usr/lib", "/usr/local/lib"]
     for folder in folders:
         if folder and (path := Path(folder) / name).exists():
             return path
