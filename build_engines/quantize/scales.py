@@ -1,0 +1,136 @@
+"""How one Linear is quantized, chosen by the error of the layer's own output on calibration rows.
+
+Activations have one scale per tensor, so outlier channels and one-sided distributions waste its codes. Two exact
+rewrites move the problem into the weights, which have a scale per output, and into the bias:
+
+  smoothing  x is multiplied and W divided, channel by channel, by m = max|W|^(1-alpha) / max|x|^alpha
+             (SmoothQuant, Xiao et al. 2023);
+  shifting   each channel is centred, x - z with z = (min + max) / 2, and the bias takes z W
+             (Outlier Suppression+, Wei et al. 2023); GELU's outputs, almost all positive, gain one bit.
+
+Both are elementwise and come before the quantizer: x' = x * multiplier + offset. Whether to
+shift and which alpha is searched per layer: a fixed alpha helps some layers and ruins others
+(docs/quantization.md has the figures).
+The bias also absorbs the mean error that is left (bias correction, Nagel et al. 2019).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from build_engines.quantize.calibrators import CALIBRATORS
+from build_engines.quantize.linears import FloatArray
+from build_engines.quantize.statistics import InputStatistics
+
+ALPHAS = (0.5, 0.7, 0.8, 0.9, 1.0)
+# The rewrites cost elementwise work at run time, about 1% of the layer's: less gain than this is not worth it.
+WORTH = 0.9
+_LEAST = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """INT8 weight [inputs, outputs] and its scale per output channel, float32 [outputs]."""
+
+    values: npt.NDArray[np.int8]
+    scale: FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """x * multiplier [inputs] + offset [inputs] (None: not shifted), FP16 numbers both."""
+
+    multiplier: FloatArray
+    offset: FloatArray | None
+
+    def apply(self, rows: FloatArray) -> FloatArray:
+        product = rows * self.multiplier
+        return product if self.offset is None else product + self.offset
+
+
+@dataclass(frozen=True, slots=True)
+class StaticScales:
+    """One Linear in static INT8. `scale` is the input's; `bias_shift` [outputs] is added to the bias;
+    `error` is the relative squared error of the output on the sampled rows, bias correction included."""
+
+    weight: QuantizedWeight
+    rewrite: Rewrite | None
+    scale: np.float32
+    bias_shift: FloatArray
+    alpha: float | None
+    error: float
+
+
+def quantize_weight(weight: FloatArray) -> QuantizedWeight:
+    """Symmetric, per output channel, in [-127, 127]; scales are FP16 numbers so that no cast changes them."""
+    scale = _as_half(np.maximum(np.abs(weight).max(axis=0), _LEAST) / 127)
+    return QuantizedWeight(np.clip(np.rint(weight / scale), -127, 127).astype(np.int8), scale)
+
+
+def search_scales(
+    weight: FloatArray, statistics: InputStatistics, *, method: str, percentile: float, smoothing: str
+) -> StaticScales:
+    """The best static INT8 form of one Linear, by the error of its output on `statistics.rows`.
+
+    `method` is a calibrator's name; `smoothing` is "auto" (smoothing and shifting where they help) or "off".
+    """
+    search = _Search(weight, statistics, method, percentile)
+    plain = search.candidate(None, shifted=False)
+    if smoothing == "off":
+        return plain
+    shifted = min((search.candidate(alpha, shifted=True) for alpha in ALPHAS), key=lambda found: found.error)
+    smooth = search.candidate(shifted.alpha, shifted=False)
+    best = shifted if shifted.error < WORTH * smooth.error else smooth
+    return best if best.error < WORTH * plain.error else plain
+
+
+class _Search:
+    def __init__(self, weight: FloatArray, statistics: InputStatistics, method: str, percentile: float) -> None:
+        self.weight = weight
+        self.statistics = statistics
+        self.method = method
+        self.percentile = percentile
+        self.exact = statistics.rows @ weight
+        self.power = float(np.square(self.exact).mean()) or 1.0
+
+    def candidate(self, alpha: float | None, *, shifted: bool) -> StaticScales:
+        """The best scales for one alpha (None: no rewrite)."""
+        low, high = self.statistics.low, self.statistics.high
+        rewrite, weight, rows = None, self.weight, self.statistics.rows
+        if alpha is not None:
+            rewrite = self._rewrite(alpha, shifted)
+            weight = weight / rewrite.multiplier[:, None]
+            rows, low, high = rewrite.apply(rows), rewrite.apply(low), rewrite.apply(high)
+        quantized = quantize_weight(weight)
+        restored = quantized.values.astype(np.float32) * quantized.scale
+        maximum = max(float(np.abs(low).max()), float(np.abs(high).max()), _LEAST)
+        scale = _activation_scale(CALIBRATORS[self.method](rows, maximum, self.percentile))
+        output = (np.clip(np.rint(rows / scale), -128, 127) * scale) @ restored
+        bias_shift = (self.exact - output).mean(axis=0)
+        error = float(np.square(output + bias_shift - self.exact).mean()) / self.power
+        return StaticScales(quantized, rewrite, scale, bias_shift, alpha, error)
+
+    def _rewrite(self, alpha: float, shifted: bool) -> Rewrite:
+        """The multiplier is scaled so that the weights keep their typical size; FP16 must hold all of it."""
+        low, high = self.statistics.low, self.statistics.high
+        centre = (low + high) / 2 if shifted else np.zeros_like(low)
+        reach = np.maximum(np.maximum(np.abs(low - centre), np.abs(high - centre)), _LEAST)
+        weight_max = np.maximum(np.abs(self.weight).max(axis=1), _LEAST)
+        smoothing = reach**alpha / weight_max ** (1 - alpha)
+        smoothing /= np.median(weight_max * smoothing) / np.median(weight_max)
+        multiplier = _as_half(1 / np.clip(smoothing, 1e-3, 1e3))
+        return Rewrite(multiplier, _as_half(-centre * multiplier) if shifted else None)
+
+
+def _activation_scale(threshold: float) -> np.float32:
+    return np.float32(_as_half(np.asarray(max(threshold, _LEAST) / 127)))
+
+
+def _as_half(values: npt.NDArray[np.floating]) -> FloatArray:
+    """Round to FP16 where FP16 holds the value as a normal number (to_fp16 keeps scales below that in float32)."""
+    values = np.asarray(values, dtype=np.float32)
+    half = values.astype(np.float16).astype(np.float32)
+    return np.where(np.abs(values) >= np.finfo(np.float16).tiny, half, values).astype(np.float32)

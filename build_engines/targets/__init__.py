@@ -1,0 +1,47 @@
+"""Where graphs become engines. A target is a name, a file name and one method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from build_engines.errors import CompileError
+
+if TYPE_CHECKING:
+    from build_engines.plan import Profile
+
+Progress = Callable[[str, int, int], None]  # phase, steps done, steps in all
+
+
+class Target(Protocol):
+    """Compiles one typed graph. `compile` writes `engine_file` (and nothing else) into `out`.
+
+    Returns what the manifest records: "versions" {library: version}, and whatever the target knows about the
+    result ("layers": {layer type: count}, "activation_bytes", ...). Raises CompileError.
+    """
+
+    name: str
+    engine_file: str
+    #: The compute capability that engines of this target are tied to is recorded in their manifests.
+    needs_card: bool
+
+    def check(self) -> None:
+        """Raise CompileError, saying what to install and where to run, if this target is not available here."""
+
+    def compile(
+        self, graph: Path, out: Path, *, profile: Profile, compute_capability: str | None, progress: Progress
+    ) -> dict[str, Any]: ...
+
+
+def get_target(name: str) -> Target:
+    """The target called `name`; imports only that target's module."""
+    if name == "onnxruntime":
+        from build_engines.targets.onnxruntime import OnnxRuntimeTarget
+
+        return OnnxRuntimeTarget()
+    if name in {"tensorrt", "tensorrt-rtx"}:
+        from build_engines.targets.tensorrt import TensorRTTarget
+
+        return TensorRTTarget(name)
+    raise CompileError(f"there is no target called {name!r}", next_step="see docs/targets.md for the targets")
