@@ -11,7 +11,8 @@ OnecardError (1)
 ├── CompileError (17)      a target refused the graph, or the target is not available here
 ├── ArtifactError (18)     a file on disk is missing, truncated, altered or for another card or version
 ├── RepositoryError (19)   the Triton repository cannot be written
-└── ServerError (20)       tritonserver cannot be started, or a model failed to load
+├── ServerError (20)       tritonserver cannot be started, or a model failed to load
+└── BusyError (21)         another run is writing to the same place
 
 Exit code 2 is Click's own (wrong usage), 130 an interrupt.
 """
@@ -83,3 +84,7 @@ class RepositoryError(OnecardError):
 
 class ServerError(OnecardError):
     exit_code = 20
+
+
+class BusyError(OnecardError):
+    exit_code = 21

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from build_engines.errors import RepositoryError
+from build_engines.errors import BusyError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -65,7 +65,7 @@ def _locked(path: Path, out: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RepositoryError(
+            raise BusyError(
                 f"{out} is being written by another process", next_step="wait for it, then run again"
             ) from None
         yield
