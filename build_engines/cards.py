@@ -1,8 +1,8 @@
 """The catalogue of 16 GB cards, and custom cards by memory and compute capability.
 
-`memory_mib` is what the driver reports as the card's total (`nvidia-smi`), not the 16,384 MiB on the box: what
-the firmware keeps and (on the T4, whose ECC is on) the check bits are already taken off. What the plan may use
-is this total less the stack file's `reserve_mib`, which covers the driver's own share and a desktop.
+`memory_mib` is what the driver reports as the card's total (`nvidia-smi`), not the 16,384 MiB on the box:
+what the firmware keeps and (on the T4, whose ECC is on) the check bits are already taken off. What the plan
+may use is this total less the stack file's `reserve_mib`, which covers the driver's own share and a desktop.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The stack file: TOML into frozen dataclasses, resolved once, before anything runs.
 
-`load_stack` is the only way in. What it returns is complete (every default filled in, every source and data path
-absolute) and consistent, so no later stage checks a key again. What it refuses, it refuses with a StackError that
-names the file, the dotted key, the nearest valid name and what is allowed. docs/stack-file.md lists the keys.
+`load_stack` is the only way in. What it returns is complete (every default filled in, every source and data
+path absolute) and consistent, so no later stage checks a key again. What it refuses, it refuses with a
+StackError that names the file, the dotted key, the nearest valid name and what is allowed; docs/stack-file.md
+lists them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from build_engines.stack_types import (
     BUNDLED_SETS,
     BUNDLED_SPLITS,
     DATA_SUFFIXES,
+    DEFAULT_CONTEXT_MIB,
     DEFAULT_GATES,
     DEFAULT_RESERVE_MIB,
     FAMILIES,
@@ -59,7 +61,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9_][A-Za-z0-9._
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 
 
-_STACK_KEYS = ("name", "card", "targets", "reserve_mib", "models")
+_STACK_KEYS = ("name", "card", "targets", "reserve_mib", "context_mib", "models")
 _CUSTOM_CARD_KEYS = ("memory_mib", "compute_capability")
 # `name` comes from the table's own key and `source_dir` from `source`.
 _MODEL_KEYS = tuple(f.name for f in dataclass_fields(Model) if f.name not in {"name", "source_dir"})
@@ -94,6 +96,7 @@ def load_stack(path: Path, *, build_dir: Path | None = None) -> Stack:
         targets=targets,
         models=models,
         reserve_mib=top.integer("reserve_mib", 0, 1 << 20, DEFAULT_RESERVE_MIB, unit="MiB"),
+        context_mib=top.integer("context_mib", 0, 1 << 20, DEFAULT_CONTEXT_MIB, unit="MiB"),
         build_dir=build_dir if build_dir is not None else Path("build") / name,
     )
 
@@ -278,7 +281,7 @@ def _shape(model: Table, task: Task) -> ModelShape:
         heads=heads,
         vocabulary=table.integer("vocabulary", 2, 1 << 21),
         embedding=table.integer("embedding", 8, 1 << 15, hidden),
-        positions=table.integer("positions", 0, 1 << 17, 0 if family == "modernbert" else 512),
+        positions=table.integer("positions", 8, 1 << 17, 8192 if family == "modernbert" else 512),
         token_types=table.integer("token_types", 0, 16, 0 if family in {"distilbert", "modernbert"} else 2),
         labels=table.integer("labels", 1, 100_000, 1 if task == "rerank" else 2),
     )

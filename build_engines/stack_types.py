@@ -32,6 +32,8 @@ DATA_SUFFIXES: Final = (".jsonl", ".csv", ".txt")
 MAX_MODELS: Final = 64
 # The driver keeps about 400 MiB of a GeForce card for itself, and a desktop takes about 350 (docs/plan.md).
 DEFAULT_RESERVE_MIB: Final = 768
+# Every engine instance is a process of its own, with its own CUDA context.
+DEFAULT_CONTEXT_MIB: Final = 300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +96,7 @@ class ModelShape:
     """The sizes that decide an encoder's memory. `ffn`: inner width (of one branch where the FFN is gated).
 
     `embedding`: width of the embedding tables (ELECTRA's may be smaller than `hidden`).
-    `positions`: rows of the position table as stored, offset rows included; 0 for rotary positions.
+    `positions`: tokens that a text can have: rows of the position table, or of ModernBERT's rotary tables.
     """
 
     family: Family
@@ -104,9 +106,9 @@ class ModelShape:
     heads: int
     vocabulary: int
     embedding: int
-    positions: int = 512
-    token_types: int = 2
-    labels: int = 2
+    positions: int
+    token_types: int
+    labels: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +145,10 @@ class Model:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stack:
-    """A whole stack file. `path` is the file; `build_dir` is where every stage writes."""
+    """A whole stack file. `path` is the file; `build_dir` is where every stage writes.
+
+    `reserve_mib`: what the driver and a desktop take of the card; `context_mib`: one process's CUDA context.
+    """
 
     name: str
     path: Path
@@ -151,6 +156,7 @@ class Stack:
     targets: tuple[Target, ...]
     models: dict[str, Model]
     reserve_mib: int
+    context_mib: int = DEFAULT_CONTEXT_MIB
     build_dir: Path
 
     def checkpoint_dir(self, model: Model) -> Path:

@@ -1,0 +1,155 @@
+"""What would fit: changes to a stack that is too large, each planned again before it is proposed.
+
+A proposal is never a guess. Every candidate is a changed copy of the stack, and it is kept only if its own
+plan fits; within a kind, the smallest sacrifice comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from build_engines.plan import plan_shapes
+from build_engines.stack import Model, ModelShape, Precision, Stack
+
+_EIGHT_BIT: Final = ("int8", "int8-weights")
+_MIN_LENGTH: Final = 8
+_MAX_DROPS: Final = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """`what` is the edit in words, `stack` the stack after it, `used` the bytes its engines then take."""
+
+    kind: str
+    what: str
+    used: int
+    stack: Stack
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, "what": self.what, "used_bytes": self.used}
+
+
+Change = tuple[str, Stack]
+
+
+def propose(stack: Stack, shapes: dict[str, ModelShape]) -> tuple[Proposal, ...]:
+    """Changes after which the stack fits: INT8, batch, length, instances, a model less, or several."""
+    found: list[Proposal] = []
+
+    def first_fit(kind: str, changes: Iterator[Change], limit: int = 1) -> None:
+        kept = 0
+        for what, changed in changes:
+            plan = plan_shapes(changed, shapes)
+            if plan.fits:
+                found.append(Proposal(kind=kind, what=what, used=plan.used, stack=changed))
+                kept += 1
+            if kept == limit:
+                return
+
+    first_fit("precision", _by_saving(_eight_bit(stack), shapes))
+    first_fit("batch", _caps(stack, "max_batch", 1))
+    first_fit("length", _caps(stack, "max_length", _MIN_LENGTH))
+    first_fit("instances", _one_instance(stack))
+    if not found:
+        first_fit("combined", _combined(stack))
+    first_fit("drop", _by_saving(_without_one(stack), shapes), _MAX_DROPS)
+    if not any(proposal.kind == "drop" for proposal in found):
+        first_fit("drop", _without_many(stack, shapes))
+    return tuple(found)
+
+
+def _by_saving(changes: Iterator[Change], shapes: dict[str, ModelShape]) -> Iterator[Change]:
+    """The change that keeps the most comes first."""
+    yield from sorted(changes, key=lambda change: -plan_shapes(change[1], shapes).used)
+
+
+def _change(stack: Stack, models: list[Model]) -> Stack:
+    return replace(stack, models=stack.models | {model.name: model for model in models})
+
+
+def _to_eight_bit(model: Model) -> Model:
+    kept = tuple(p for p in model.precisions if p in _EIGHT_BIT) or ("int8",)
+    # An FP32 engine is not on the card: it stays.
+    cpu: tuple[Precision, ...] = tuple(p for p in model.precisions if p == "fp32")
+    return replace(model, precisions=kept[:1] + cpu)
+
+
+def _eight_bit_words(model: Model, changed: Model) -> str:
+    return f"models.{model.name}.precisions = [{', '.join(f'{p!r}' for p in changed.precisions)}]".replace(
+        "'", '"'
+    )
+
+
+def _eight_bit(stack: Stack) -> Iterator[Change]:
+    """INT8 alone, for one model, then for all."""
+    changed = [(model, _to_eight_bit(model)) for model in stack.models.values()]
+    changed = [(model, new) for model, new in changed if new != model]
+    for model, new in changed:
+        yield _eight_bit_words(model, new), _change(stack, [new])
+    if len(changed) > 1:
+        words = " and ".join(_eight_bit_words(model, new) for model, new in changed)
+        yield words, _change(stack, [new for _, new in changed])
+
+
+def _caps(stack: Stack, key: str, low: int) -> Iterator[Change]:
+    """The largest power of two that fits, as a cap on `key` of every model that has more."""
+    cap = 1 << (max(getattr(model, key) for model in stack.models.values()) - 1).bit_length() - 1
+    while cap >= low:
+        capped = _capped(stack, key, cap)
+        over = [model.name for model in stack.models.values() if getattr(model, key) > cap]
+        if over:
+            yield f"{key} = {cap} for {', '.join(over)}", capped
+        cap //= 2
+
+
+def _capped(stack: Stack, key: str, cap: int) -> Stack:
+    def cap_one(model: Model) -> Model:
+        if key == "max_batch":
+            return replace(model, max_batch=min(model.max_batch, cap))
+        return replace(model, max_length=min(model.max_length, cap))
+
+    return _change(stack, [cap_one(model) for model in stack.models.values()])
+
+
+def _one_instance(stack: Stack) -> Iterator[Change]:
+    several = [model for model in stack.models.values() if model.instances > 1]
+    if several:
+        names = ", ".join(model.name for model in several)
+        yield f"instances = 1 for {names}", _change(stack, [replace(model, instances=1) for model in several])
+
+
+def _combined(stack: Stack) -> Iterator[Change]:
+    """INT8 alone and one instance everywhere, then smaller batches, then smaller lengths too."""
+    models = [replace(_to_eight_bit(model), instances=1) for model in stack.models.values()]
+    small = _change(stack, models)
+    words = "INT8 alone and one instance of every model"
+    yield words, small
+    for batch_words, less in _caps(small, "max_batch", 1):
+        yield f"{words}, {batch_words}", less
+    least = _capped(small, "max_batch", 1)
+    for length_words, less in _caps(least, "max_length", _MIN_LENGTH):
+        yield f"{words}, max_batch = 1, {length_words}", less
+
+
+def _without(stack: Stack, names: list[str]) -> Stack:
+    return replace(stack, models={name: model for name, model in stack.models.items() if name not in names})
+
+
+def _without_one(stack: Stack) -> Iterator[Change]:
+    if len(stack.models) > 1:
+        for name in stack.models:
+            yield f"drop models.{name}", _without(stack, [name])
+
+
+def _without_many(stack: Stack, shapes: dict[str, ModelShape]) -> Iterator[Change]:
+    """The largest models first, until what is left fits; one always stays."""
+
+    def size(name: str) -> int:
+        return plan_shapes(_change(replace(stack, models={}), [stack.models[name]]), shapes).used
+
+    by_size = sorted(stack.models, key=size, reverse=True)
+    for count in range(2, len(by_size)):
+        names = by_size[:count]
+        yield "drop " + ", ".join(f"models.{name}" for name in names), _without(stack, names)

@@ -1,0 +1,173 @@
+"""A checkpoint's sizes from its config.json, for the plan: no model library and no weights.
+
+Every family names its sizes differently. Layers, widths, heads and vocabulary must be there: a file without
+them is no checkpoint's. What else is left out takes the default of Transformers' own configuration class.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+from build_engines.errors import PlanError
+from build_engines.stack import FAMILIES, Family, Model, ModelShape, Stack, Task
+from build_engines.stack_fields import nearest, one_of, show
+
+MAX_CONFIG_BYTES: Final = 16 << 20
+# An upper bound on any size, so that a corrupt value is named here instead of overflowing a sum later.
+_MAX_SIZE: Final = 1 << 24
+
+_BERT_KEYS: Final = {
+    "layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "ffn": "intermediate_size",
+    "heads": "num_attention_heads",
+    "vocabulary": "vocab_size",
+}
+_DISTILBERT_KEYS: Final = {
+    "layers": "n_layers",
+    "hidden": "dim",
+    "ffn": "hidden_dim",
+    "heads": "n_heads",
+    "vocabulary": "vocab_size",
+}
+# These number their positions from pad_token_id + 1, so the first rows of the table are never a token's.
+_OFFSET_FAMILIES: Final = ("roberta", "xlm-roberta")
+
+
+def resolve_shape(stack: Stack, model: Model) -> ModelShape:
+    """The model's sizes: from the checkpoint's config.json, else from `shape` in the stack file.
+
+    Raises PlanError where neither is there, where the config is malformed, and where `max_length` is more
+    than the checkpoint's positions.
+    """
+    config = stack.checkpoint_dir(model) / "config.json"
+    if config.is_file():
+        shape = read_shape(config, model.task)
+        where = str(config)
+    elif model.shape is not None:
+        shape, where = model.shape, f"models.{model.name}.shape"
+    else:
+        raise PlanError(
+            f"models.{model.name}: its sizes are not known: {config} does not exist",
+            cause="the checkpoint is not there yet, and the stack file has no shape for it",
+            next_step=_get_it(stack, model),
+        )
+    if model.max_length > shape.positions:
+        raise PlanError(
+            f"models.{model.name}.max_length is {model.max_length:,}, but the checkpoint has positions for "
+            f"{shape.positions:,} tokens",
+            cause=f"{where} states the position table's size",
+            next_step=f"set max_length = {shape.positions} or less",
+        )
+    return shape
+
+
+def _get_it(stack: Stack, model: Model) -> str:
+    if model.source_dir is None:
+        return f"build-engines fetch {stack.path}, or add a [models.{model.name}.shape] table"
+    return f"put the checkpoint there (the demo's: build-engines demo-models {model.source_dir.parent})"
+
+
+def read_shape(path: Path, task: Task) -> ModelShape:
+    """The sizes that config.json states; PlanError names the file and the key that is missing or wrong."""
+    config = _read_json(path)
+    family = _family(path, config)
+    keys = _DISTILBERT_KEYS if family == "distilbert" else _BERT_KEYS
+    sizes = {field: _size(path, config, key) for field, key in keys.items()}
+    if sizes["hidden"] % sizes["heads"]:
+        raise _wrong(path, keys["heads"], f"is {sizes['heads']}, which does not divide {sizes['hidden']}")
+    embedding = (
+        _size(path, config, "embedding_size", sizes["hidden"]) if family == "electra" else sizes["hidden"]
+    )
+    return ModelShape(
+        family=family,
+        layers=sizes["layers"],
+        hidden=sizes["hidden"],
+        ffn=sizes["ffn"],
+        heads=sizes["heads"],
+        vocabulary=sizes["vocabulary"],
+        embedding=embedding,
+        positions=_positions(path, config, family),
+        token_types=_token_types(path, config, family),
+        labels=_labels(path, config, task),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise PlanError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes; this is no model configuration")
+        config = json.loads(path.read_bytes())
+    except OSError as error:
+        raise PlanError(f"{path}: cannot be read: {error}") from None
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError among them
+        raise PlanError(
+            f"{path}: not valid JSON: {str(error)[:200]}",
+            cause="the file was cut short or edited by hand",
+            next_step="fetch the checkpoint again, or correct the file",
+        ) from None
+    if not isinstance(config, dict):
+        raise PlanError(f"{path}: must hold a JSON object, not {show(config)}")
+    return config
+
+
+def _wrong(path: Path, key: str, what: str) -> PlanError:
+    return PlanError(
+        f"{path}: {key} {what}",
+        cause="this is not the configuration of a complete encoder checkpoint",
+        next_step="compare it with the model's page, or fetch the checkpoint again",
+    )
+
+
+def _family(path: Path, config: dict[str, Any]) -> Family:
+    value = config.get("model_type")
+    for family in FAMILIES:
+        if value == family:
+            return family
+    near = nearest(value, FAMILIES) if isinstance(value, str) else None
+    raise PlanError(
+        f"{path}: model_type is {show(value)}"
+        if "model_type" in config
+        else f"{path}: model_type is missing",
+        cause=f"encoders of these families are supported: {one_of(FAMILIES)}",
+        next_step=f"name a checkpoint of one of them{f' ({near!r} is the nearest)' if near else ''}",
+    )
+
+
+def _size(path: Path, config: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key, default)
+    if value is None:
+        raise _wrong(path, key, "is missing")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_SIZE:
+        raise _wrong(path, key, f"is {show(value)}, not a positive integer")
+    return value
+
+
+def _positions(path: Path, config: dict[str, Any], family: Family) -> int:
+    rows = _size(path, config, "max_position_embeddings", 8192 if family == "modernbert" else 512)
+    if family not in _OFFSET_FAMILIES:
+        return rows
+    pad = config.get("pad_token_id", 1)
+    if isinstance(pad, bool) or not isinstance(pad, int) or not 0 <= pad < rows - 1:
+        raise _wrong(path, "pad_token_id", f"is {show(pad)}, not a row of the position table")
+    return rows - pad - 1
+
+
+def _token_types(path: Path, config: dict[str, Any], family: Family) -> int:
+    if family in {"distilbert", "modernbert"}:
+        return 0
+    if config.get("type_vocab_size") == 0:
+        return 0
+    return _size(path, config, "type_vocab_size", 2)
+
+
+def _labels(path: Path, config: dict[str, Any], task: Task) -> int:
+    names = config.get("id2label")
+    if names is None:
+        # Transformers writes id2label only where it is not its default, two labels.
+        return _size(path, config, "num_labels", 1 if task == "rerank" else 2)
+    if not isinstance(names, dict) or not names:
+        raise _wrong(path, "id2label", f"is {show(names)}, not a table of label names")
+    return len(names)
