@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -20,10 +19,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from build_engines.errors import ServerError
+from build_engines.errors import RepositoryError, ServerError
 from triton_repo import ports, server_log, shared_memory
+from triton_repo.config_pbtxt import parse
 from triton_repo.installation import Installation, find_installation
 from triton_repo.ports import Ports
 
@@ -246,21 +246,33 @@ class Server:
 
 def served_models(repository: Path) -> dict[str, int]:
     """Instances by model name, from the config.pbtxt files. Raises ServerError when there are none."""
-    configs = sorted(repository.glob("*/config.pbtxt"))
-    if not configs:
+    models = {
+        name: sum(group.count or 1 for group in config.instance_group) or 1
+        for name, config in _configs(repository).items()
+    }
+    if not models:
         raise ServerError(
             f"{repository} is no Triton repository: it has no <model>/config.pbtxt",
             next_step="write one: triton-repo write STACK",
         )
-    models = {}
-    for config in configs:
-        match = re.search(r"instance_group \{[^}]*?count: (\d+)", config.read_text(encoding="utf-8"))
-        models[config.parent.name] = int(match[1]) if match else 1
     return models
 
 
 def uses_cache(repository: Path) -> bool:
-    return any("response_cache" in path.read_text("utf-8") for path in repository.glob("*/config.pbtxt"))
+    return any(config.response_cache.enable for config in _configs(repository).values())
+
+
+def _configs(repository: Path) -> dict[str, Any]:
+    """Parsed before Triton reads them: its own message does not say what is wrong in the file."""
+    found = {}
+    for path in sorted(repository.glob("*/config.pbtxt")):
+        try:
+            found[path.parent.name] = parse(path.read_text("utf-8"))
+        except (OSError, ValueError, RepositoryError) as error:
+            raise ServerError(
+                f"{path}: {error}", next_step="write the repository again: triton-repo write STACK"
+            ) from None
+    return found
 
 
 def _exit_text(code: int | None) -> str:

@@ -1,0 +1,130 @@
+"""One real tritonserver for the session, serving small random encoders of every task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_models import build_engine, write_checkpoint
+
+from build_engines.errors import ServerError
+from build_engines.stack import load_stack
+from triton_repo.installation import find_installation
+from triton_repo.server import Server, ServerOptions
+from triton_repo.writer import write_repository
+
+STACK = """
+name = "small"
+card = "rtx-5070-ti"
+
+[models.label]
+task = "classify"
+source = "./label"
+precisions = ["fp32"]
+evaluation = "texts.jsonl"
+
+[models.vector]
+task = "embed"
+source = "./vector"
+precisions = ["fp32"]
+evaluation = "texts.jsonl"
+
+[models.order]
+task = "rerank"
+source = "./order"
+precisions = ["fp32"]
+evaluation = "groups.jsonl"
+
+[models.strict]
+task = "embed"
+source = "./vector"
+precisions = ["fp32"]
+overflow = "refuse"
+cache = true
+
+[models.narrow]
+task = "embed"
+source = "./vector"
+precisions = ["fp32"]
+[models.narrow.queue]
+max_size = 1
+timeout_ms = 2000
+priority_levels = 2
+default_priority = 2
+"""
+TEXTS = (
+    '{"text": "the noodles were very good", "label": "positive"}\n{"text": "별로예요", "label": "negative"}\n'
+)
+GROUPS = '{"query": "noodles", "passages": ["the noodles were good", "never again"], "relevance": [1, 0]}\n'
+
+
+@dataclass(frozen=True)
+class Served:
+    """The running server, what it serves, and the engine folders behind it by model name."""
+
+    server: Server
+    folder: Path
+    engines: dict[str, Path]
+
+    @property
+    def grpc(self) -> str:
+        return self.server.urls["grpc"]
+
+    @property
+    def http(self) -> str:
+        return self.server.urls["http"]
+
+    @property
+    def stack_json(self) -> Path:
+        return self.folder / "stack.json"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _needs_a_server(tmp_path_factory: pytest.TempPathFactory) -> None:
+    try:
+        find_installation(tmp_path_factory.mktemp("installation"))
+    except ServerError as error:
+        pytest.skip(f"no tritonserver can run here: {error}")
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+    """A folder with the stack file, the checkpoints, the engines and the written repository."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "small.toml").write_text(STACK)
+    (folder / "texts.jsonl").write_text(TEXTS)
+    (folder / "groups.jsonl").write_text(GROUPS)
+    stack = load_stack(folder / "small.toml", build_dir=folder)
+    engines = {}
+    for seed, (name, model) in enumerate(stack.models.items()):
+        checkpoint = folder / str(model.source)
+        if not checkpoint.exists():
+            write_checkpoint(checkpoint, model.task, seed=seed)
+        out = folder / "engines" / name / "fp32" / "onnxruntime"
+        fields: dict[str, Any] = {"model": name, "task": model.task, "overflow": model.overflow}
+        engines[name] = build_engine(checkpoint, out, **fields)
+    write_repository(stack, folder / "engines", folder / "repository")
+    return folder, engines
+
+
+@pytest.fixture(scope="session")
+def served(built: tuple[Path, dict[str, Path]]) -> Iterator[Served]:
+    folder, engines = built
+    with Server(folder / "repository", ServerOptions(free_ports=True)) as server:
+        yield Served(server, folder, engines)
+
+
+@pytest.fixture(scope="session")
+def one_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stack of one small model, for tests that start and stop servers of their own."""
+    folder = tmp_path_factory.mktemp("one")
+    model = '[models.vector]\ntask = "embed"\nsource = "./vector"\nprecisions = ["fp32"]\n'
+    (folder / "one.toml").write_text(f'name = "one"\ncard = "rtx-5070-ti"\n{model}')
+    checkpoint = write_checkpoint(folder / "vector", "embed", seed=1)
+    engines = folder / "engines"
+    build_engine(checkpoint, engines / "vector" / "fp32" / "onnxruntime", model="vector", task="embed")
+    write_repository(load_stack(folder / "one.toml", build_dir=folder), engines, folder / "repository")
+    return folder / "repository"
