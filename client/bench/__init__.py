@@ -1,0 +1,1 @@
+"""Served models against Transformers in process: same texts, same machine, same run."""

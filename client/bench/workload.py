@@ -1,0 +1,93 @@
+"""The requests of a run: serialized once, and made distinct one by one so that no cache can answer them."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from .. import codec
+from ..errors import BenchError
+from ..wire import infer_arguments
+from .summary import BenchModel, Item
+
+_TAG_BYTES = 4
+# One byte as eight blanks. Tokenizers of the BERT and SentencePiece kind drop trailing white space, so the
+# tokens computed stay the same while the request's bytes, which are the cache's key, never do. (Byte-level
+# ones keep it, as a few tokens more.)
+_BLANKS = tuple(bytes(0x20 if byte >> bit & 1 else 0x09 for bit in range(8)) for byte in range(256))
+
+
+def choose_pool(items: Sequence[Item], size: int, seed: int = 0) -> list[Item]:
+    """Up to `size` items in a shuffled order that is the same in every run; all lengths stay mixed."""
+    pool = list(items)
+    random.Random(seed).shuffle(pool)
+    return pool[:size]
+
+
+def tag(counter: int) -> bytes:
+    """The counter as 32 blanks and tabs."""
+    return b"".join(_BLANKS[byte] for byte in counter.to_bytes(_TAG_BYTES, "big"))
+
+
+class Payloads:
+    """Serialized ModelInferRequests over the pool, round and round, each distinct from every other.
+
+    The tag ends the last text of the request, which ends the serialized message (raw contents are its last
+    field), so a request costs one concatenation. `fixed` gives one request again and again instead.
+    """
+
+    def __init__(self, model: BenchModel, triton_name: str, pool: Sequence[Item]) -> None:
+        self._stems = [serialize(model, triton_name, item) for item in pool]
+        # Distinct from the requests of an earlier run against the same server, too.
+        self._counter = int(time.time() * 1000) % 2**31
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        self._counter = (self._counter + 1) % 2**32
+        return self._stems[self._counter % len(self._stems)] + tag(self._counter)
+
+    def fixed(self) -> Iterator[bytes]:
+        payload = next(self)
+        while True:
+            yield payload
+
+
+def serialize(model: BenchModel, triton_name: str, item: Item) -> bytes:
+    """The request for `item` up to where its tag belongs."""
+    import tritonclient.grpc
+    from tritonclient.grpc import service_pb2
+
+    end = tag(0)
+    request = codec.InferRequest(
+        model=triton_name, inputs=_inputs(model, item, end), outputs=(), request_id=""
+    )
+    arguments: dict[str, Any] = infer_arguments(tritonclient.grpc, request, timeout=60.0)
+    message = service_pb2.ModelInferRequest(model_name=triton_name)
+    for tensor in arguments["inputs"]:
+        message.inputs.append(tensor._get_tensor())
+        message.raw_input_contents.append(tensor._get_content())
+    payload: bytes = message.SerializeToString(deterministic=True)
+    if not payload.endswith(end):
+        raise BenchError("this protobuf library does not write a request's contents last")
+    return payload[: -len(end)]
+
+
+def _inputs(model: BenchModel, item: Item, end: bytes) -> dict[str, codec.Array]:
+    if model.task != "rerank":
+        return {"text": codec.text_column([item.text.encode() + end])}
+    passages = [passage.encode() for passage in item.passages]
+    passages[-1] += end
+    return {"query": codec.text_row([item.text.encode()]), "passages": codec.text_row(passages)}
+
+
+def units(model: BenchModel, pool: Sequence[Item]) -> float:
+    """Units of work per request: 1 for a text, the mean number of passages for a query."""
+    return sum(len(item.passages) for item in pool) / len(pool) if model.task == "rerank" else 1.0
+
+
+def unit_name(model: BenchModel) -> str:
+    return "passages" if model.task == "rerank" else "texts"
