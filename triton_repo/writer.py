@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from build_engines.atomic import link_or_copy, replaced_folder, write_text
 from build_engines.errors import ArtifactError, OnecardError, RepositoryError
 from build_engines.stack import Model, Stack
-from build_engines.atomic import link_or_copy, replaced_folder, write_text
 from triton_repo.config_pbtxt import render, to_message
 from triton_repo.encoders import WARMUP_FILE, encoder_spec, warmup_bytes
 from triton_repo.runtime import fingerprint

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from small_models import build_engine, write_checkpoint
+from small_models import Served, build_engine, write_checkpoint
 
 from build_engines.errors import ServerError
 from build_engines.stack import load_stack
@@ -59,27 +58,6 @@ TEXTS = (
     '{"text": "the noodles were very good", "label": "positive"}\n{"text": "별로예요", "label": "negative"}\n'
 )
 GROUPS = '{"query": "noodles", "passages": ["the noodles were good", "never again"], "relevance": [1, 0]}\n'
-
-
-@dataclass(frozen=True)
-class Served:
-    """The running server, what it serves, and the engine folders behind it by model name."""
-
-    server: Server
-    folder: Path
-    engines: dict[str, Path]
-
-    @property
-    def grpc(self) -> str:
-        return self.server.urls["grpc"]
-
-    @property
-    def http(self) -> str:
-        return self.server.urls["http"]
-
-    @property
-    def stack_json(self) -> Path:
-        return self.folder / "stack.json"
 
 
 @pytest.fixture(scope="session", autouse=True)

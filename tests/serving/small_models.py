@@ -4,17 +4,40 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from triton_repo.runtime.session import manifest_digest, sha256
+from triton_repo.server import Server
 
 HIDDEN, LAYERS, FFN, POSITIONS = 32, 2, 64, 128
 LABELS = ["negative", "neutral", "positive"]
 WORDS = "the noodles were very good bad cold review place again never".split()  # noqa: SIM905
 WORDS += ["맛있", "별로", "가격", "배송"]
+
+
+@dataclass(frozen=True)
+class Served:
+    """The running server, what it serves, and the engine folders behind it by model name."""
+
+    server: Server
+    folder: Path
+    engines: dict[str, Path]
+
+    @property
+    def grpc(self) -> str:
+        return self.server.urls["grpc"]
+
+    @property
+    def http(self) -> str:
+        return self.server.urls["http"]
+
+    @property
+    def stack_json(self) -> Path:
+        return self.folder / "stack.json"
 
 
 def vocabulary() -> list[str]:

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as grpc_client
 import tritonclient.http as http_client
-from conftest import Served
-from small_models import LABELS, WORDS
+from small_models import LABELS, WORDS, Served
 from tritonclient.utils import InferenceServerException
 
 from triton_repo.runtime.encode import Encoder

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 from repo_fakes import seal
 
-from build_engines.errors import ArtifactError, RepositoryError
+from build_engines.errors import ArtifactError, BusyError, RepositoryError
 from build_engines.stack import Stack, load_stack
-from triton_repo import atomic, writer
+from build_engines import atomic
+from triton_repo import writer
 from triton_repo.runtime import fingerprint
 from triton_repo.runtime.session import check_files, read_manifest
 from triton_repo.writer import write_repository
@@ -224,7 +225,7 @@ def test_a_killed_run_is_cleaned_by_the_next(stack: Stack, paths: tuple[Path, Pa
 def test_two_writers_do_not_meet(tmp_path: Path) -> None:
     with (
         atomic.replaced_folder(tmp_path / "out"),
-        pytest.raises(RepositoryError, match="is being written by another process"),
+        pytest.raises(BusyError, match="is being written by another process"),
         atomic.replaced_folder(tmp_path / "out"),
     ):
         pass
