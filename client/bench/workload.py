@@ -20,10 +20,16 @@ _BLANKS = tuple(bytes(0x20 if byte >> bit & 1 else 0x09 for bit in range(8)) for
 
 
 def choose_pool(items: Sequence[Item], size: int, seed: int = 0) -> list[Item]:
-    """Up to `size` items in a shuffled order that is the same in every run; all lengths stay mixed."""
-    pool = list(items)
-    random.Random(seed).shuffle(pool)
-    return pool[:size]
+    """Items worth about `size` texts or passages, shuffled alike in every run, so that lengths stay mixed."""
+    shuffled = list(items)
+    random.Random(seed).shuffle(shuffled)
+    pool, total = [], 0
+    for item in shuffled:
+        if total >= size:
+            break
+        pool.append(item)
+        total += len(item.passages) or 1
+    return pool
 
 
 def tag(counter: int) -> bytes:
