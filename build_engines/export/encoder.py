@@ -34,7 +34,8 @@ Embeddings
     Gather embeddings.word with `embeddings.word.weight`, Slice embeddings.position with
     `embeddings.position.weight`, Gather embeddings.token_type.
 Tail
-    pooling.* and output.* nodes; to_fp16 leaves them in float32.
+    token_mean (a MatMul of two activations) or first_token; pooling.* and output.* nodes, which to_fp16
+    leaves in float32.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """From the last hidden state to the task's outputs: pooling, classifier head, sentence modules, scores.
 
-Nodes named `pooling.*` and `output.*` stay in float32 in FP16 graphs: they sum over tokens or square values.
+Nodes named `pooling.*` and `output.*` stay in float32 in FP16 graphs: they count tokens or square values.
 """
 
 from __future__ import annotations
@@ -133,11 +133,12 @@ def _pool(scope: Scope, hidden: str, pooling: str) -> str:
     mask = graph.node("Cast", ["attention_mask"], "pooling.mask", to=TensorProto.FLOAT)
     axis = graph.constant("pooling.axis", np.array([1], np.int64))
     count = graph.node("ReduceSum", [mask, axis], "pooling.count", keepdims=1)
-    # Each token's share, so that the sum is a [1, S] x [S, H] product and never larger than a token.
     share = graph.node("Div", [mask, count], "pooling.share")
-    rows = graph.node("Unsqueeze", [share, axis], "pooling.rows")
-    mean = graph.node("MatMul", [rows, hidden], "pooling.sum")
-    return graph.node("Squeeze", [mean, axis], "pooling.mean")
+    # Shares first: the sum is then a [1, S] x [S, H] product that never exceeds a token, so FP16 holds it
+    # (TensorRT-RTX has no FP32 product for compute capability 7.5).
+    rows = graph.node("Unsqueeze", [share, axis], "token_share")
+    mean = graph.node("MatMul", [rows, hidden], "token_mean")
+    return graph.node("Squeeze", [mean, axis], "token_mean.row")
 
 
 def _dense(scope: Scope, x: str, size: int, module: Dense, node: str) -> tuple[str, int]:
