@@ -64,8 +64,8 @@ class TensorRTTarget:
 
         Returns:
             versions; layers {type: count} of the parsed network; attention "fused" or "decomposed" (None
-            where there is none); activation_bytes and weights_bytes as the builder states them, or None; warnings;
-            seconds.
+            where there is none); activation_bytes and weights_bytes as the builder states them, or None;
+            warnings; seconds.
 
         Raises:
             CompileError: the library, the card or the graph does not allow it; with the builder's messages.
