@@ -160,5 +160,8 @@ class Stack:
     build_dir: Path
 
     def checkpoint_dir(self, model: Model) -> Path:
-        """The checkpoint's folder: the stack file's own, or where `fetch` puts a hub download."""
-        return model.source_dir or self.build_dir / "sources" / model.name
+        """The checkpoint's folder: the user's own, or where `fetch` puts what it downloads or converts."""
+        fetched = self.build_dir / "sources" / model.name
+        if model.source_dir is None or (model.allow_pickle and fetched.is_dir()):
+            return fetched
+        return model.source_dir

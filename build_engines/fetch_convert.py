@@ -1,0 +1,67 @@
+"""Torch pickles that the stack file allows, rewritten as safetensors so that nothing later reads a pickle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from build_engines.errors import FetchError
+from build_engines.fetch_rules import CONVERTIBLE_SUFFIXES
+
+_INDEX = "pytorch_model.bin.index.json"
+
+
+def convert_pickles(folder: Path, names: list[str]) -> list[str]:
+    """Replace each pickle among `names` (relative to `folder`) by a safetensors file; return the new list.
+
+    Only tensors are read (torch's weights_only loader refuses everything else). Raises FetchError for a
+    pickle that holds more, or is damaged.
+    """
+    result: list[str] = []
+    for name in names:
+        path = folder / name
+        if not name.endswith(CONVERTIBLE_SUFFIXES):
+            result.append(name)
+            continue
+        target = path.with_name(_safe_name(path.name))
+        _convert(path, target)
+        path.unlink()
+        result.append(target.relative_to(folder).as_posix())
+    if _INDEX in result and result != sorted(names):
+        _convert_index(folder)
+        result[result.index(_INDEX)] = "model.safetensors.index.json"
+    return sorted(result)
+
+
+def _safe_name(name: str) -> str:
+    return name.rsplit(".", 1)[0].replace("pytorch_model", "model") + ".safetensors"
+
+
+def _convert(path: Path, target: Path) -> None:
+    import pickle
+
+    import torch
+    from safetensors.torch import save_file
+
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise FetchError(
+            f"{path.name}: cannot be read as weights: {str(error).splitlines()[0][:200]}",
+            cause="the file is damaged, or holds more than tensors",
+            next_step="name a checkpoint with model.safetensors",
+        ) from None
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise FetchError(f"{path.name}: holds no table of tensors", next_step="name another checkpoint")
+    # Tied weights share memory, which safetensors does not store.
+    save_file({str(key): value.clone().contiguous() for key, value in state.items()}, target)
+
+
+def _convert_index(folder: Path) -> None:
+    index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+    index["weight_map"] = {tensor: _safe_name(file) for tensor, file in index["weight_map"].items()}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    (folder / _INDEX).unlink()
