@@ -15,8 +15,8 @@ def ndcg_at_k(scores: ArrayLike, relevance: ArrayLike, k: int = 10) -> float:
     """Normalized discounted cumulative gain of one ranked list, 0 to 1.
 
     ``scores`` and ``relevance`` are 1-D and equally long. A passage's gain is ``2**relevance - 1``, its
-    discount ``log2(rank + 1)`` (Burges et al., 2005). Passages with equal scores share the mean of their gains
-    (McSherry and Najork, 2008): their order is arbitrary, and scoring everything alike must not earn luck.
+    discount ``log2(rank + 1)`` (Burges et al., 2005). Passages with equal scores share their mean gain
+    (McSherry and Najork, 2008): their order is arbitrary, and equal scores must not earn luck.
 
     Raises ValueError for other shapes, scores that are not finite, ``k < 1`` or no relevant passage.
     """
