@@ -258,8 +258,8 @@ def _queue(model: Table) -> Queue:
     if levels == 0 and table.has("default_priority"):
         raise table.bad("default_priority", "is set without priority_levels", hint="set priority_levels")
     return Queue(
-        max_size=table.integer("max_size", 1, 1_000_000, 1024, unit="requests"),
-        timeout_ms=table.integer("timeout_ms", 1, 3_600_000, 10_000, unit="ms"),
+        max_size=table.integer("max_size", 0, 1_000_000, 0, unit="requests"),
+        timeout_ms=table.integer("timeout_ms", 0, 3_600_000, 0, unit="ms"),
         max_delay_us=table.integer("max_delay_us", 0, 10_000_000, 0, unit="µs"),
         priority_levels=levels,
         default_priority=table.integer("default_priority", 1, levels, (levels + 1) // 2) if levels else 0,

@@ -82,10 +82,15 @@ DEFAULT_GATES: Final[dict[str, dict[str, float]]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Queue:
-    """Triton's queue for one model. Priorities run from 1 (first) to `priority_levels`; 0 levels: none."""
+    """Triton's queue for one model. Priorities run from 1 (first) to `priority_levels`; 0 levels: none.
 
-    max_size: int = 1024
-    timeout_ms: int = 10_000
+    `max_size` and `timeout_ms` 0: unbounded, requests wait until their client gives up. That is the default
+    because any bound or priority makes Triton stop preparing the next batch while one runs, and a request may
+    then sit in an idle queue for up to half a second (triton_repo.config_pbtxt.BatchingSpec).
+    """
+
+    max_size: int = 0
+    timeout_ms: int = 0
     max_delay_us: int = 0
     priority_levels: int = 0
     default_priority: int = 0

@@ -36,10 +36,15 @@ class BatchingSpec:
 
     `max_delay_us` 0 sends whatever waits as soon as the model is free: under load batches form by themselves.
     `priority_levels` 0 turns priorities off; 1 is the first to run.
+
+    A bound, a timeout or priorities cost latency: with any of them Triton stops fetching the next batch while
+    one runs, and a request that arrives just before the model is free again is not noticed until the next one
+    arrives or 500 ms have passed (measured: p99 of one client at a time 510 ms instead of 40 ms). So 0, the
+    default, writes no policy at all; a request whose client has given up is dropped from the queue even then.
     """
 
-    max_queue_size: int
-    timeout_us: int
+    max_queue_size: int = 0
+    timeout_us: int = 0
     max_delay_us: int = 0
     priority_levels: int = 0
     default_priority: int = 0
@@ -132,14 +137,15 @@ def _batching(pb: Any, name: str, spec: BatchingSpec) -> Any:
         raise RepositoryError(
             f"{name}: default priority {spec.default_priority} is outside 1..{spec.priority_levels}"
         )
-    return pb.ModelDynamicBatching(
+    batching = pb.ModelDynamicBatching(
         max_queue_delay_microseconds=spec.max_delay_us,
         priority_levels=spec.priority_levels,
         default_priority_level=spec.default_priority if spec.priority_levels else 0,
-        default_queue_policy=pb.ModelQueuePolicy(
-            timeout_action=pb.ModelQueuePolicy.REJECT,
-            default_timeout_microseconds=spec.timeout_us,
-            allow_timeout_override=True,
-            max_queue_size=spec.max_queue_size,
-        ),
     )
+    if spec.max_queue_size or spec.timeout_us:
+        policy = batching.default_queue_policy
+        policy.timeout_action = pb.ModelQueuePolicy.REJECT
+        policy.max_queue_size = spec.max_queue_size
+        policy.default_timeout_microseconds = spec.timeout_us
+        policy.allow_timeout_override = spec.timeout_us > 0
+    return batching

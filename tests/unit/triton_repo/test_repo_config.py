@@ -97,8 +97,12 @@ def test_the_queue_rejects() -> None:
     assert (batching.priority_levels, batching.default_priority_level) == (3, 2)
 
 
-def test_no_delay_and_no_priorities_by_default() -> None:
-    batching = config(model()).dynamic_batching
+def test_no_policy_no_delay_and_no_priorities_by_default() -> None:
+    """An empty policy is not the same: any field of it makes Triton stop prefetching."""
+    message = config(model())
+    batching = message.dynamic_batching
+    assert message.HasField("dynamic_batching")
+    assert not batching.HasField("default_queue_policy")
     assert batching.max_queue_delay_microseconds == 0
     assert (batching.priority_levels, batching.default_priority_level) == (0, 0)
 

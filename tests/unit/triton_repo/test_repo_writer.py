@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from repo_fakes import seal
 
+from build_engines import atomic
 from build_engines.errors import ArtifactError, BusyError, RepositoryError
 from build_engines.stack import Stack, load_stack
-from build_engines import atomic
 from triton_repo import writer
 from triton_repo.runtime import fingerprint
 from triton_repo.runtime.session import check_files, read_manifest
