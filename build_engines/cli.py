@@ -1,0 +1,176 @@
+"""`build-engines`: the commands, composed from the stages; no logic of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from build_engines import __version__
+from build_engines.console import StageLines, console, fail_cleanly, print_json
+
+if TYPE_CHECKING:
+    from build_engines.stack import Stack
+
+stack_argument = click.argument("stack", type=click.Path(path_type=Path))
+build_dir_option = click.option(
+    "--build-dir", type=click.Path(path_type=Path), help="Where everything is written [default: build/<stack name>]."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+offline_option = click.option("--offline", is_flag=True, help="Use only what is on this disk already.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Compile a language stack for one card: plan, fetch, build, inspect.
+
+    \b
+    Example:
+      build-engines plan stacks/demo.toml
+      build-engines build stacks/demo.toml
+    """
+
+
+@main.command()
+@stack_argument
+@build_dir_option
+@json_option
+@fail_cleanly
+def plan(stack: Path, build_dir: Path | None, as_json: bool) -> None:
+    """Does the stack fit the card? Needs no model library and no GPU.
+
+    \b
+    Example:
+      build-engines plan stacks/korean-reviews.toml --json
+    """
+    from build_engines.plan import plan_stack, render_plan, require_fit
+
+    found = plan_stack(_load(stack, build_dir))
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        from rich.console import Console
+
+        Console().print(render_plan(found))
+    require_fit(found)
+
+
+@main.command()
+@stack_argument
+@build_dir_option
+@offline_option
+@fail_cleanly
+def fetch(stack: Path, build_dir: Path | None, offline: bool) -> None:
+    """Download the checkpoints that the stack names by hub id; resumes, safetensors only.
+
+    A private model needs its token in the environment variable HF_TOKEN.
+
+    \b
+    Example:
+      HF_TOKEN=... build-engines fetch stacks/korean-reviews.toml
+    """
+    _fetch(_load(stack, build_dir), offline=offline)
+
+
+@main.command()
+@stack_argument
+@build_dir_option
+@offline_option
+@click.option("--model", "models", multiple=True, help="Only this model (may be given several times).")
+@click.option("--target", "targets", multiple=True, help="Only this target (may be given several times).")
+@json_option
+@fail_cleanly
+def build(
+    stack: Path,
+    build_dir: Path | None,
+    offline: bool,
+    models: tuple[str, ...],
+    targets: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Plan, fetch, export, calibrate, quantize, verify and compile every engine of the stack.
+
+    What did not change since the last run is skipped; an interrupted run goes on where it stopped.
+
+    \b
+    Example:
+      build-engines build stacks/demo.toml --model sentiment --target onnxruntime
+    """
+    from build_engines.pipeline import build_stack
+    from build_engines.plan import plan_stack, require_fit
+
+    loaded = _load(stack, build_dir)
+    _check_names("model", models, list(loaded.models))
+    _check_names("target", targets, list(loaded.targets))
+    _fetch(loaded, offline=offline)
+    require_fit(plan_stack(loaded))
+    with StageLines() as lines:
+        engines = build_stack(loaded, lines, models=models or None, targets=targets or None)
+    if as_json:
+        print_json([{"folder": str(engine.folder), "skipped": engine.skipped, **engine.manifest} for engine in engines])
+    else:
+        made = sum(not engine.skipped for engine in engines)
+        console.print(f"{len(engines)} engines in {loaded.build_dir / 'engines'}, {made} of them made now")
+
+
+@main.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@json_option
+@fail_cleanly
+def inspect(engine: Path, as_json: bool) -> None:
+    """Show what an engine is made of: versions, card, profiles, digests, gates and layer types.
+
+    \b
+    Example:
+      build-engines inspect build/demo/engines/sentiment/int8/tensorrt-rtx
+    """
+    from build_engines.inspection import describe_engine, render_engine
+
+    found = describe_engine(engine)
+    if as_json:
+        print_json(found)
+    else:
+        from rich.console import Console
+
+        Console().print(render_engine(found))
+
+
+@main.command("demo-models")
+@click.argument("folder", type=click.Path(path_type=Path))
+@fail_cleanly
+def demo_models(folder: Path) -> None:
+    """Train the demo's classifier and reranker on the bundled reviews; under three minutes on two cores.
+
+    \b
+    Example:
+      build-engines demo-models build/demo/models
+    """
+    from build_engines.demo import write_demo_models
+
+    write_demo_models(folder)
+
+
+def _load(path: Path, build_dir: Path | None) -> Stack:
+    from build_engines.stack import load_stack
+
+    return load_stack(path, build_dir=build_dir)
+
+
+def _fetch(stack: Stack, *, offline: bool) -> None:
+    from build_engines.fetch import fetch_stack
+
+    fetch_stack(stack, offline=offline)
+
+
+def _check_names(kind: str, given: tuple[str, ...], known: list[str]) -> None:
+    from build_engines.errors import StackError
+
+    for name in given:
+        if name not in known:
+            raise StackError(f"the stack has no {kind} called {name!r}", next_step=f"one of: {', '.join(known)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""What the command line shows: one line per stage, a live bar while it runs, errors without a traceback."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from build_engines.errors import OnecardError
+from build_engines.manifest import StageRun
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Progress and errors go to stderr: stdout is for results, so that --json can be piped.
+console = Console(stderr=True, highlight=False)
+
+
+def fail_cleanly(command: Callable[P, R]) -> Callable[P, R]:
+    """Print a user's mistake as a message and exit with its code; other exceptions are ours and keep their traceback."""
+
+    @functools.wraps(command)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except OnecardError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted; finished stages are kept", err=True)
+            sys.exit(130)
+
+    return wrapper
+
+
+def print_json(value: Any) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False))
+
+
+class StageLines:
+    """Draws a build: a bar for the stage that runs, a line for each that is done. Use as a context manager."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total}"))
+        self._progress = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
+        self._task: TaskID | None = None
+        self._name = ""
+
+    def __enter__(self) -> StageLines:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def start(self, model: str, stage: str) -> None:
+        self._name = f"{model:12} {stage}"
+        self._task = self._progress.add_task(self._name, total=None)
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        if self._task is not None:
+            description = f"{self._name}: {phase}"
+            self._progress.update(self._task, description=description, completed=done, total=max(total, 1))
+
+    def finish(self, run: StageRun, detail: str) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+            self._task = None
+        state = "[dim]unchanged[/]" if run.skipped else f"{run.seconds:6.1f} s"
+        console.print(f"  {self._name:36} {state}  {detail}")

@@ -1,0 +1,355 @@
+"""The order of the stages, and nowhere else: source, export, reference, precision, compile.
+
+    build/<stack>/work/<model>/export/       model.onnx (FP32, equal to PyTorch), tokenizer.json
+    build/<stack>/work/<model>/reference/    answers.npy: PyTorch FP32 on the evaluation data
+    build/<stack>/work/<model>/<precision>/  model.onnx: the typed graph, its gate passed
+    build/<stack>/engines/<model>/<precision>/<target>/   engine, tokenizer.json, manifest.json
+
+Every folder holds a record of what it was made from; what did not change is not made again.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from build_engines.errors import FetchError, GateError
+from build_engines.gates import judge
+from build_engines.manifest import (
+    StageRun,
+    code_digest,
+    digest_of,
+    folder_digests,
+    run_stage,
+    write_manifest,
+)
+from build_engines.plan import engine_profile
+from build_engines.stack import DataRef, Model, Precision, Stack
+from build_engines.targets import Target, get_target
+from build_engines.verify import TextSet, answers, load_calibration, load_evaluation
+from calibration.samples import data_file
+from triton_repo.runtime.encode import Encoder
+from triton_repo.runtime.tokenization import TextTokenizer
+
+_CHECKPOINT_FILES = (".json", ".safetensors", ".txt", ".model")
+_EXPORT_CODE = ("build_engines/export", "build_engines/graphs.py", "build_engines/reference.py")
+_JUDGING_CODE = (
+    "build_engines/gates.py",
+    "build_engines/metrics.py",
+    "build_engines/verify.py",
+    "build_engines/targets/onnxruntime.py",
+    "triton_repo/runtime",
+)
+_PRECISION_CODE = (
+    *_EXPORT_CODE,
+    *_JUDGING_CODE,
+    "build_engines/quantize",
+    "build_engines/precision.py",
+    "build_engines/fallback.py",
+)
+
+
+class Reporter(Protocol):
+    """Hears what the pipeline does; the CLI draws it."""
+
+    def start(self, model: str, stage: str) -> None: ...
+    def progress(self, phase: str, done: int, total: int) -> None: ...
+    def finish(self, run: StageRun, detail: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """One published engine: its folder and manifest, and whether this run made it."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    skipped: bool
+
+
+def build_stack(
+    stack: Stack, reporter: Reporter, *, models: Sequence[str] | None = None, targets: Sequence[str] | None = None
+) -> list[BuiltEngine]:
+    """Build every engine of the stack (or of the models and targets named) and return them.
+
+    Raises:
+        OnecardError: what a stage raises. Finished stages are kept, so the next run goes on from there.
+    """
+    chosen = [get_target(name) for name in (targets or stack.targets)]
+    for target in chosen:
+        target.check()  # before hours of work, not after
+    built: list[BuiltEngine] = []
+    for name in models or list(stack.models):
+        built += _ModelBuild(stack, stack.models[name], reporter).engines(chosen)
+    return built
+
+
+class _ModelBuild:
+    """All stages of one model. Each stage's inputs name everything that decides its result."""
+
+    def __init__(self, stack: Stack, model: Model, reporter: Reporter) -> None:
+        self.stack = stack
+        self.model = model
+        self.reporter = reporter
+        self.source = stack.checkpoint_dir(model)
+        self.work = stack.build_dir / "work" / model.name
+
+    def engines(self, targets: Sequence[Target]) -> list[BuiltEngine]:
+        # Data that is missing or does not fit this model must not fail the build at its end.
+        assert self.evaluation
+        if any(precision != "fp32" for precision in self.model.precisions):
+            load_calibration(self.model)
+        built = []
+        for precision in self.model.precisions:
+            graph = self._precision(precision)
+            for target in targets:
+                if precision == "fp32" and target.name != "onnxruntime":
+                    continue  # TensorRT has no fused FP32 attention
+                built.append(self._compile(precision, graph, target))
+        return built
+
+    # --- stages ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def exported(self) -> StageRun:
+        inputs = {
+            "source": self.source_digests,
+            "task": self.model.task,
+            "pooling": self.model.pooling,
+            "normalize": self.model.normalize,
+            "code": code_digest(*_EXPORT_CODE),
+        }
+
+        def build(out: Path) -> dict[str, Any]:
+            from build_engines.export import export_encoder
+
+            graph = export_encoder(
+                self.source, self.model.task, out, pooling=self.model.pooling, normalize=self.model.normalize
+            )
+            serving = graph.serving
+            return {"serving": serving, "parity": self._parity(graph.path, serving)}
+
+        return self._run("export", self.work / "export", inputs, build, _describe_export)
+
+    @cached_property
+    def reference(self) -> StageRun:
+        inputs = {
+            "source": self.source_digests,
+            "data": self._data_digest(self.model.evaluation),
+            "max_length": self.max_length,
+            "model": [self.model.task, self.model.pooling, self.model.normalize],
+            "code": code_digest("build_engines/reference.py"),
+            "versions": _versions("torch", "transformers"),
+        }
+
+        def build(out: Path) -> dict[str, Any]:
+            found = self._torch.answers(self.evaluation, self.max_length)
+            np.save(out / "answers.npy", found)
+            return {"rows": len(found)}
+
+        return self._run("reference", self.work / "reference", inputs, build, lambda r: f"{r['rows']} answers")
+
+    def _precision(self, precision: Precision) -> StageRun:
+        inputs = {
+            "export": self.exported.digests(),
+            "reference": self.reference.digests(),
+            "evaluation": self._data_digest(self.model.evaluation),
+            "calibration": self._data_digest(self.model.calibration.data),
+            "settings": [precision, self.max_length, asdict(self.model.gates), self._calibration_settings()],
+            "code": code_digest(*_PRECISION_CODE),
+            "versions": _versions("onnxruntime"),
+        }
+
+        def build(out: Path) -> dict[str, Any]:
+            from build_engines.precision import Material, build_precision
+
+            material = Material(
+                self.model,
+                self.serving,
+                self.tokenizer,
+                self.evaluation,
+                self._reference_answers(),
+                lambda: load_calibration(self.model),
+            )
+            graph = self.exported.folder / "model.onnx"
+            return build_precision(graph, precision, out / "model.onnx", material, self.reporter.progress)
+
+        return self._run(precision, self.work / precision, inputs, build, _describe_gate)
+
+    def _compile(self, precision: Precision, graph: StageRun, target: Target) -> BuiltEngine:
+        folder = self.stack.build_dir / "engines" / self.model.name / precision / target.name
+        profile = engine_profile(self.model)
+        capability = self.stack.card.compute_capability if target.needs_card else None
+        inputs = {
+            "graph": graph.digests(),
+            "tokenizer": self.exported.digests()["tokenizer.json"],
+            "profile": profile.as_dict(),
+            "compute_capability": capability,
+            "serving": self.serving,
+            "gates": asdict(self.model.gates),
+            "code": code_digest("build_engines/targets", *_JUDGING_CODE),
+            "versions": _versions("onnxruntime", "tensorrt-rtx", "tensorrt"),
+        }
+
+        def build(out: Path) -> dict[str, Any]:
+            made = target.compile(
+                graph.folder / "model.onnx",
+                out,
+                profile=profile,
+                compute_capability=capability,
+                progress=self.reporter.progress,
+            )
+            shutil.copyfile(self.exported.folder / "tokenizer.json", out / "tokenizer.json")
+            manifest = {
+                "model": self.model.name,
+                "task": self.model.task,
+                "precision": precision,
+                "target": target.name,
+                "profile": profile.as_dict(),
+                "compute_capability": capability,
+                "sources": {"checkpoint": digest_of(self.source_digests), **graph.digests()},
+                "gates": {"graph": graph.result},
+                "serving": self.serving,
+                **made,
+            }
+            manifest = write_manifest(out, manifest, target.engine_file)
+            if target.name == "onnxruntime":
+                self._verify_engine(out, manifest, precision, target)
+            return {"gates": json.loads((out / "manifest.json").read_text(encoding="utf-8"))["gates"]}
+
+        run = self._run(f"{precision} {target.name}", folder, inputs, build, lambda r: _describe_engine(r, folder))
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return BuiltEngine(folder, manifest, run.skipped)
+
+    # --- parts ----------------------------------------------------------------------------------------------
+
+    def _verify_engine(self, out: Path, manifest: dict[str, Any], precision: str, target: Target) -> None:
+        """Judge the compiled engine as it will be opened in the server; record the figures in its manifest."""
+        self.reporter.progress("verify", 0, 1)
+        encoder = Encoder.open(out)
+        found = answers(encoder, self.evaluation.rows(encoder.tokenizer))
+        reference, truth = self._reference_answers(), self.evaluation.truth
+        report = judge(self.model.task, precision, reference, found, self.model.gates, truth)
+        if not report.passed:
+            raise GateError(
+                f"the compiled {precision} engine of {self.model.name!r} fails the gate that its graph passed\n"
+                f"{report.summary()}",
+                cause=f"the kernels of {target.name} on this machine compute something else",
+                next_step="report it with the output of: build-engines inspect",
+            )
+        manifest["gates"]["engine"] = report.as_dict()
+        (out / "manifest.json").unlink()
+        engine = manifest.pop("engine")["file"]
+        for derived in ("format", "files", "digest"):
+            manifest.pop(derived)
+        write_manifest(out, manifest, engine)
+        self.reporter.progress("verify", 1, 1)
+
+    def _parity(self, graph: Path, serving: dict[str, Any]) -> float:
+        from build_engines.graphs import open_session
+        from build_engines.reference import check_parity
+
+        tokenizer = TextTokenizer(graph.parent / "tokenizer.json", max_length=64)
+        return check_parity(self._torch, open_session(graph), serving, tokenizer.vocabulary)
+
+    @cached_property
+    def _torch(self) -> Any:
+        from build_engines.reference import TorchReference
+
+        self.reporter.progress("load PyTorch", 0, 1)
+        return TorchReference(self.source, self.model)
+
+    def _reference_answers(self) -> Any:
+        return np.load(self.reference.folder / "answers.npy", allow_pickle=False)
+
+    @cached_property
+    def source_digests(self) -> dict[str, str]:
+        if not self.source.is_dir():
+            raise FetchError(
+                f"the checkpoint of model {self.model.name!r} is not at {self.source}",
+                cause="it was not fetched yet" if self.model.source_dir is None else "the stack file names this folder",
+                next_step=f"build-engines fetch {self.stack.path}"
+                if self.model.source_dir is None
+                else "correct [models.<name>] source, or create the folder (make demo trains the demo models)",
+            )
+        return folder_digests(self.source, _CHECKPOINT_FILES)
+
+    @cached_property
+    def max_length(self) -> int:
+        """The stack file's, bounded by the positions that the checkpoint was trained with."""
+        return int(min(self.model.max_length, self.exported.result["serving"]["max_positions"]))
+
+    @cached_property
+    def serving(self) -> dict[str, Any]:
+        bounds = {
+            "max_length": self.max_length,
+            "max_batch": self.model.max_batch,
+            "overflow": self.model.overflow,
+        }
+        return {**self.exported.result["serving"], **bounds}
+
+    @cached_property
+    def tokenizer(self) -> TextTokenizer:
+        return TextTokenizer(self.exported.folder / "tokenizer.json", max_length=self.max_length)
+
+    @cached_property
+    def evaluation(self) -> TextSet:
+        return load_evaluation(self.model, self.serving["labels"])
+
+    def _calibration_settings(self) -> list[Any]:
+        settings = self.model.calibration
+        return [settings.samples, settings.method, settings.percentile, settings.smoothing]
+
+    def _data_digest(self, data: DataRef | None) -> str | None:
+        from triton_repo.runtime.session import sha256
+
+        if data is None:
+            return None
+        path = data_file(data.path or data.spec)
+        return sha256(path) if path.is_file() else None
+
+    def _run(
+        self,
+        stage: str,
+        folder: Path,
+        inputs: dict[str, Any],
+        build: Callable[[Path], dict[str, Any]],
+        describe: Callable[[dict[str, Any]], str],
+    ) -> StageRun:
+        self.reporter.start(self.model.name, stage)
+        run = run_stage(folder, inputs, build)
+        self.reporter.finish(run, describe(run.result))
+        return run
+
+
+def _versions(*distributions: str) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in distributions:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _describe_export(result: dict[str, Any]) -> str:
+    return f"equal to PyTorch within {result['parity']:.1e}"
+
+
+def _describe_gate(result: dict[str, Any]) -> str:
+    returned = len(result.get("returned", []))
+    shown = ", ".join(f"{check['name']} {check['value']:.4f}" for check in result["gate"]["checks"][:2])
+    return f"{shown}; {returned} layers returned" if returned else shown
+
+
+def _describe_engine(result: dict[str, Any], folder: Path) -> str:
+    size = max((path.stat().st_size for path in folder.glob("engine.*")), default=0)
+    verified = ", verified" if "engine" in result["gates"] else ""
+    return f"{size / 2**20:.1f} MiB{verified}"
