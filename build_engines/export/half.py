@@ -229,5 +229,10 @@ def _half_tensor(tensor: onnx.TensorProto) -> onnx.TensorProto:
     from onnx import numpy_helper
 
     values = _array(tensor)
-    clipped = np.where(np.isfinite(values), np.clip(values, -_FP16_MAX, _FP16_MAX), values)
-    return numpy_helper.from_array(clipped.astype(np.float16), tensor.name)
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    overflowed = np.isinf(half)
+    if overflowed.any():  # rarely: one look at the whole tensor is cheaper than clipping it
+        finite = overflowed & np.isfinite(values)
+        half[finite] = np.copysign(_FP16_MAX, values[finite])
+    return numpy_helper.from_array(half, tensor.name)
