@@ -139,7 +139,8 @@ def read_weights_table(folder: Path) -> dict[str, TensorEntry]:
         raise ExportError(
             f"{folder} holds pickled weights ({pickles[0]}), the export reads safetensors only",
             cause="loading a pickle runs whatever code is inside it",
-            next_step="ask for a safetensors revision of the model, or convert it in a place you trust",
+            next_step="choose a revision with safetensors, or set allow_pickle = true for this model in the "
+            "stack file and run `build-engines fetch STACK`, which converts them",
         )
     raise ExportError(
         f"{folder} holds no model.safetensors",

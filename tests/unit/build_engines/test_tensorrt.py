@@ -14,12 +14,13 @@ from tiny_models import save_tiny
 
 from build_engines.errors import ArtifactError, CompileError
 from build_engines.export import export_encoder, read_graph, save_graph, to_fp16
+from build_engines.plan import Profile
 from build_engines.targets.engine_file import check_engine, read_header
 from build_engines.targets.tensorrt import TensorRTTarget
 
 pytest.importorskip("tensorrt_rtx", reason="the TensorRT-RTX builder is not installed")
 
-PROFILE: Any = SimpleNamespace(batch=(1, 4, 8), sequence=(1, 32, 64))
+PROFILE = Profile(batch=(1, 4, 8), sequence=(1, 32, 64))
 CARDS = ("7.5", "8.6", "8.9", "12.0")
 
 
@@ -112,11 +113,11 @@ def test_the_builder_states_its_memory(graphs: dict[str, Path], tmp_path: Path) 
     small = compile_to(tmp_path, graphs["fp16"])
     weights = sum(len(tensor.raw_data) for tensor in read_graph(graphs["fp16"]).graph.initializer)
     assert small["weights_bytes"] == pytest.approx(weights, rel=0.05)
-    target, wide = TensorRTTarget("tensorrt-rtx"), SimpleNamespace(batch=(1, 8, 64), sequence=(1, 64, 200))
+    target, wide = TensorRTTarget("tensorrt-rtx"), Profile(batch=(1, 8, 64), sequence=(1, 64, 200))
     large = target.compile(
         graphs["fp16"],
         tmp_path,
-        profile=wide,  # type: ignore[arg-type]
+        profile=wide,
         compute_capability="12.0",
         progress=quiet,
     )
