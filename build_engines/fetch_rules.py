@@ -97,7 +97,7 @@ def _weights(model: Model, names: list[str]) -> list[str]:
     usable = [name for name in pickles if name.endswith(CONVERTIBLE_SUFFIXES)]
     if not model.allow_pickle:
         raise FetchError(
-            f"{model.source}: the weights are pickled ({_some(usable or pickles)}) and there is no safetensors",
+            f"{model.source}: weights are pickled ({_some(usable or pickles)}) and there is no safetensors",
             cause="loading a pickle can run any code",
             next_step=f"name a checkpoint with safetensors, or, if you trust this one, set "
             f"allow_pickle = true under [models.{model.name}]",

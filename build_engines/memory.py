@@ -123,7 +123,7 @@ def _ffn_tensors(precision: Precision, width: float, *, gated: bool) -> float:
         constant, slope = {"int8": (4, 2.5), "int8-weights": (3.5, 3.1)}.get(precision, (4.5, 3))
         return constant + slope * width
     if precision == "int8":
-        return 3 + 1.5 * width
+        return 3.5 + 1.5 * width
     if precision == "int8-weights":
         return max(3 + 2 * width, 6 + width)
     return 4 + width

@@ -95,7 +95,9 @@ def _eight_bit(stack: Stack) -> Iterator[Change]:
 
 def _caps(stack: Stack, key: str, low: int) -> Iterator[Change]:
     """The largest power of two that fits, as a cap on `key` of every model that has more."""
-    cap = 1 << (max(getattr(model, key) for model in stack.models.values()) - 1).bit_length() - 1
+    largest = max(getattr(model, key) for model in stack.models.values())
+    # The largest power of two below it.
+    cap = 1 << (largest - 1).bit_length() >> 1
     while cap >= low:
         capped = _capped(stack, key, cap)
         over = [model.name for model in stack.models.values() if getattr(model, key) > cap]

@@ -66,7 +66,10 @@ def read_toml(path: Path) -> dict[str, Any]:
     except ValueError as error:  # TOMLDecodeError, and int() of thousands of digits
         raise StackError(f"{path}: not valid TOML: {error}", next_step="correct that line") from None
     except RecursionError:
-        raise StackError(f"{path}: not valid TOML: arrays or tables nested too deeply") from None
+        raise StackError(
+            f"{path}: not valid TOML: arrays or tables nested too deeply",
+            cause="this is not a stack file",
+        ) from None
 
 
 def _unreadable(path: Path, what: str) -> StackError:
