@@ -41,6 +41,7 @@ evaluation = "groups.jsonl"
 task = "embed"
 source = "./vector"
 precisions = ["fp32"]
+instances = 2
 overflow = "refuse"
 cache = true
 

@@ -94,7 +94,9 @@ def write_checkpoint(folder: Path, task: str, *, seed: int) -> Path:
         tensors["classifier.bias"] = np.zeros(len(labels), np.float32)
     save_file(tensors, str(folder / "model.safetensors"))
     write_tokenizer(folder)
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizerFast"}')
+    # Transformers sets the normalizer from these, whatever tokenizer.json says.
+    settings = {"tokenizer_class": "BertTokenizerFast", "do_lower_case": True, "strip_accents": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
 

@@ -7,13 +7,14 @@ Copied verbatim as <model>/1/model.py beside the engine, its tokenizer and its o
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_METRIC_INTERVAL_S = 0.5
+_METRIC_INTERVAL_S = 1.0
 
 
 class TritonPythonModel:
@@ -37,9 +38,11 @@ class TritonPythonModel:
         from triton_repo.runtime.tokenization import TokenizerRefused
 
         self._bad_request = BadRequest
-        threads = int(parameters["threads"]) if "threads" in parameters else None
+        # An engine that computes on these cores loses more to tokenizer threads than they gain; one on a GPU
+        # leaves them idle. The library reads this at every call.
+        os.environ["TOKENIZERS_PARALLELISM"] = str(parameters["target"] != "onnxruntime").lower()
         try:
-            self._service = EncoderService(Encoder.open(folder, threads))
+            self._service = EncoderService(Encoder.open(folder, _threads(config)))
         except (EngineRefused, TokenizerRefused) as error:
             raise pb_utils.TritonModelException(f"engine refused: {error}") from None
         self._inputs = self._service.inputs
@@ -83,10 +86,16 @@ class TritonPythonModel:
             )
 
 
+def _threads(config: dict[str, Any]) -> int | None:
+    """Compute threads per instance: several instances share the cores; one takes them all (None)."""
+    instances = sum(group["count"] for group in config["instance_group"])
+    return None if instances == 1 else max(1, len(os.sched_getaffinity(0)) // instances)
+
+
 class _Counters:
     """Tokens computed, padding computed and texts truncated, as Triton metrics.
 
-    A metric costs a round trip to the server process, so differences are sent at most twice a second.
+    A metric costs a round trip to the server process, so differences are sent at most once a second.
     """
 
     def __init__(self, pb_utils: Any, model: str) -> None:
