@@ -15,6 +15,9 @@ from .types import Classification, Embedding, ModelInfo, ModelStatus, Ranked
 Array = npt.NDArray[Any]
 
 
+_BLANKS = tuple(bytes(0x20 if byte >> bit & 1 else 0x09 for bit in range(8)) for byte in range(256))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferRequest:
     """One request as every transport takes it; inputs are arrays with the batch dimension first."""
@@ -84,6 +87,23 @@ def _bytes_array(encoded: Sequence[bytes]) -> Array:
     array = np.empty(len(encoded), dtype=np.object_)
     array[:] = encoded
     return array
+
+
+def blanks(number: int) -> bytes:
+    """32 blanks and tabs that no other number below 2**32 gives.
+
+    Tokenizers of the BERT and SentencePiece kind drop white space at the end of a text, so the tokens stay
+    the same while the request's bytes, which are the response cache's key, do not. (Byte-level ones keep it,
+    as a few tokens more.)
+    """
+    return b"".join(_BLANKS[byte] for byte in number.to_bytes(4, "big"))
+
+
+def with_blanks(texts: Array, number: int) -> Array:
+    """A copy of a BYTES tensor whose last text ends in `blanks(number)`."""
+    changed = texts.copy()
+    changed.flat[-1] = changed.flat[-1] + blanks(number)
+    return changed
 
 
 def split(count: int, size: int) -> list[slice]:

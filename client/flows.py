@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypedDict, TypeVar
 
 from . import codec
@@ -107,7 +107,7 @@ def _per_text(
     info = yield from resolve(task, options)
     slices = codec.split(len(encoded), info.max_batch)
     inputs = [{"text": codec.text_column(encoded[part])} for part in slices]
-    replies = yield InferAll(_requests(task, info, options, inputs, slices))
+    replies = yield from _infer(task, info, _requests(task, info, options, inputs, slices))
     return [
         answer
         for part, reply in zip(slices, replies, strict=True)
@@ -125,7 +125,7 @@ def rerank(query: str, passages: Iterable[str], options: Options) -> Flow[list[R
     info = yield from resolve("rerank", options)
     slices = codec.split(len(encoded), info.max_batch)
     inputs = [{"query": question, "passages": codec.text_row(encoded[part])} for part in slices]
-    replies = yield InferAll(_requests("rerank", info, options, inputs, slices))
+    replies = yield from _infer("rerank", info, _requests("rerank", info, options, inputs, slices))
     scores: list[float] = []
     truncated: list[bool] = []
     for part, reply in zip(slices, replies, strict=True):
@@ -133,6 +133,29 @@ def rerank(query: str, passages: Iterable[str], options: Options) -> Flow[list[R
         scores += some_scores
         truncated += some_truncated
     return codec.rank([str(passage) for passage in given], scores, truncated)
+
+
+def _infer(task: str, info: ModelInfo, requests: tuple[InferRequest, ...]) -> Flow[list[InferReply]]:
+    """Replies in order; a failure that the response cache replays without its reason is asked for again.
+
+    Triton 2.51's cache keeps failed responses too, and answers the next equal request with a success that
+    has no outputs. Blanks after the last text make the request another one to the cache, and to the model the
+    same.
+    """
+    replies: list[InferReply] = yield InferAll(requests)
+    empty = [place for place, reply in enumerate(replies) if not reply.outputs]
+    if not (empty and info.cached):
+        return replies
+    last = codec.SIGNATURES[task].inputs[-1]
+    again = []
+    for place in empty:
+        inputs = dict(requests[place].inputs)
+        inputs[last] = codec.with_blanks(inputs[last], uuid.uuid4().int % 2**32)
+        again.append(replace(requests[place], inputs=inputs))
+    fresh = yield InferAll(tuple(again))
+    for place, reply in zip(empty, fresh, strict=True):
+        replies[place] = reply
+    return replies
 
 
 def _requests(

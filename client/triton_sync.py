@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import gevent
@@ -63,7 +65,7 @@ class Http:
     def infer(self, request: InferRequest, timeout: float) -> InferReply:
         try:
             arguments = wire.infer_arguments(tritonclient.http, request, timeout)
-            with gevent.Timeout(timeout, TimeoutError()):
+            with self._within(timeout):
                 return wire.reply_of(request, self._client().infer(**arguments))
         except Exception as error:
             raise translate(
@@ -72,12 +74,24 @@ class Http:
 
     def ask(self, question: Question, model: str, timeout: float) -> Any:
         try:
-            with gevent.Timeout(timeout, TimeoutError()):
+            with self._within(timeout):
                 method = getattr(self._client(), wire.QUESTIONS[question])
                 answer = method(*wire.question_arguments(question, model))
         except Exception as error:
             raise translate(error, url=self.endpoint.url, model=model or None, request_id=None) from error
         return wire.answer_of(question, answer)
+
+    @contextmanager
+    def _within(self, timeout: float) -> Iterator[None]:
+        # gevent's own Timeout is no Exception, so that nothing below takes it for a broken connection and
+        # tries again. Interrupted anywhere, the connection may owe an answer: it is dropped with its client.
+        try:
+            with gevent.Timeout(timeout):
+                yield
+        except gevent.Timeout:
+            client, self._local.client = self._client(), None
+            client.close()
+            raise TimeoutError from None
 
     def close(self) -> None:
         # Clients of other threads close when their thread, or this object, is gone.

@@ -58,7 +58,11 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelStatus:
-    """A model's state and its statistics since the server started; times are means per request, in ms."""
+    """A model's state and its statistics since the server started; times are means per request, in ms.
+
+    `failed` counts as Triton does: requests it rejected or could not run; an answer in which the model itself
+    refuses its input counts as a request served.
+    """
 
     name: str
     version: str

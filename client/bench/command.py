@@ -21,7 +21,7 @@ from ..client import Client
 from ..errors import BenchError
 from ..transport import Endpoint
 from ..types import ServerStatus
-from . import machine, scoring, table
+from . import machine, metrics, scoring, table
 from .baseline import Answers, Baseline, check_installed
 from .served import FULL, QUICK, Plan, ServedPoint, Variant
 from .summary import BenchModel, Item, read_summary
@@ -130,12 +130,14 @@ def measure(model: BenchModel, baseline: Baseline, context: Context) -> dict[str
     for precision in BASELINES:
         _say(f"{model.name}: baseline {precision}")
         speeds[precision] = baseline.measure(model, precision, pool)
-    served, opened, accuracy, memory, cached = {}, {}, {}, {}, {}
+    served, opened, accuracy, memory, cached, padding = {}, {}, {}, {}, {}, {}
     per_request = units(model, pool)
     for precision, name in model.variants.items():
         _say(f"{model.name}: served {precision}")
         variant = Variant(context.client, context.address, model, name)
+        counted = metrics.read().get(name, {})
         load = variant.load(pool, context.plan)
+        padding[precision] = metrics.padding_share(counted, metrics.read().get(name, {}))
         accuracy[precision] = scoring.score(model, items, answers, variant.answers(items))
         served[precision] = {str(n): point_json(p, per_request) for n, p in load.closed.items()}
         opened[precision] = {f"{percent:g}": point_json(p, per_request) for percent, p in load.open.items()}
@@ -156,7 +158,8 @@ def measure(model: BenchModel, baseline: Baseline, context: Context) -> dict[str
         },
         "served": served,
         "open_loop": opened,
-        "cached_p50_ms": {p: None if value is None else round(value, 3) for p, value in cached.items()},
+        "cached_p50_ms": rounded(cached, 3),
+        "served_padding": rounded(padding, 3),
         "ceiling_per_s": {p: context.ceilings.get((model.name, p)) for p in model.variants},
         "accuracy": {"baseline_fp32": scoring.baseline_score(model, items, answers), **accuracy},
         "memory_mb": {
@@ -210,6 +213,10 @@ def point_json(measured: ServedPoint, per_request: float) -> dict[str, Any]:
         values["offered_per_s"] = round(point.offered_per_s * per_request, 2)
         values["generator_late_p99_ms"] = round(point.late_p99_ms or 0.0, 3)
     return values
+
+
+def rounded(values: dict[str, float | None], digits: int) -> dict[str, float | None]:
+    return {name: None if value is None else round(value, digits) for name, value in values.items()}
 
 
 def ratios(speeds: dict[str, Any], served: dict[str, Any]) -> dict[str, Any]:

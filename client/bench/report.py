@@ -113,6 +113,7 @@ def _quality(model: dict[str, Any]) -> str:
         shown = ", ".join(f"{NAMES[key]} {value:.4f}" for key, value in figures.items() if value is not None)
         mib = model["memory_mb"]["baseline"]["fp32"] if base else model["memory_mb"]["served"].get(side)
         cached = model["cached_p50_ms"].get(side)
+        padding = model["served_padding"].get(side)
         ceiling = model["ceiling_per_s"].get(side)
         rows.append(
             [
@@ -120,6 +121,7 @@ def _quality(model: dict[str, Any]) -> str:
                 "Transformers fp32" if base else f"served {side}",
                 shown or "the reference",
                 "" if mib is None else f"{mib:,.0f}",
+                "" if padding is None else f"{padding:.1%}",
                 "" if cached is None else f"{cached:.2f}",
                 "" if ceiling is None else f"{ceiling:,.0f}",
             ]
@@ -128,6 +130,7 @@ def _quality(model: dict[str, Any]) -> str:
         "",
         "accuracy on the evaluation data",
         "memory, MiB",
+        "padding computed",
         "cached answer, ms",
         "engine alone, per s",
     ]

@@ -72,6 +72,8 @@ def print_details(model: dict[str, Any], console: Console) -> None:
         shown += [f"{mib:,.0f} MiB resident"] if mib is not None else []
         cached = model["cached_p50_ms"].get(side)
         shown += [f"cached answer {cached:.2f} ms"] if cached is not None else []
+        padding = model["served_padding"].get(side)
+        shown += [f"padding {padding:.0%} of what was computed"] if padding is not None else []
         ceiling = model["ceiling_per_s"].get(side)
         if ceiling:
             peak = max(point["per_s"] for point in model["served"][side].values())

@@ -12,12 +12,6 @@ from ..errors import BenchError
 from ..wire import infer_arguments
 from .summary import BenchModel, Item
 
-_TAG_BYTES = 4
-# One byte as eight blanks. Tokenizers of the BERT and SentencePiece kind drop trailing white space, so the
-# tokens computed stay the same while the request's bytes, which are the cache's key, never do. (Byte-level
-# ones keep it, as a few tokens more.)
-_BLANKS = tuple(bytes(0x20 if byte >> bit & 1 else 0x09 for bit in range(8)) for byte in range(256))
-
 
 def choose_pool(items: Sequence[Item], size: int, seed: int = 0) -> list[Item]:
     """Items worth about `size` texts or passages, shuffled alike in every run, so that lengths stay mixed."""
@@ -32,15 +26,10 @@ def choose_pool(items: Sequence[Item], size: int, seed: int = 0) -> list[Item]:
     return pool
 
 
-def tag(counter: int) -> bytes:
-    """The counter as 32 blanks and tabs."""
-    return b"".join(_BLANKS[byte] for byte in counter.to_bytes(_TAG_BYTES, "big"))
-
-
 class Payloads:
-    """Serialized ModelInferRequests over the pool, round and round, each distinct from every other.
+    """Serialized ModelInferRequests over the pool, round and round, made distinct by blanks at their end.
 
-    The tag ends the last text of the request, which ends the serialized message (raw contents are its last
+    They end the last text of the request, which ends the serialized message (raw contents are its last
     field), so a request costs one concatenation. `fixed` gives one request again and again instead.
     """
 
@@ -54,7 +43,7 @@ class Payloads:
 
     def __next__(self) -> bytes:
         self._counter = (self._counter + 1) % 2**32
-        return self._stems[self._counter % len(self._stems)] + tag(self._counter)
+        return self._stems[self._counter % len(self._stems)] + codec.blanks(self._counter)
 
     def fixed(self) -> Iterator[bytes]:
         payload = next(self)
@@ -63,11 +52,11 @@ class Payloads:
 
 
 def serialize(model: BenchModel, triton_name: str, item: Item) -> bytes:
-    """The request for `item` up to where its tag belongs."""
+    """The request for `item` up to where its blanks belong."""
     import tritonclient.grpc
     from tritonclient.grpc import service_pb2
 
-    end = tag(0)
+    end = codec.blanks(0)
     request = codec.InferRequest(
         model=triton_name, inputs=_inputs(model, item, end), outputs=(), request_id=""
     )

@@ -14,11 +14,12 @@ from tritonclient.grpc import service_pb2
 from tritonclient.utils import deserialize_bytes_tensor
 
 from client import BenchError
-from client.bench import accuracy, machine, scoring
+from client.bench import accuracy, machine, metrics, scoring
 from client.bench.baseline import Answers
 from client.bench.command import fitting, parse_ceilings
 from client.bench.summary import BenchModel, Item, read_items, read_summary
-from client.bench.workload import Payloads, choose_pool, tag, units
+from client.bench.workload import Payloads, choose_pool, units
+from client.codec import blanks
 
 
 def entry(tmp_path: Path, **changes: Any) -> dict[str, Any]:
@@ -156,8 +157,8 @@ def test_rerank_requests_carry_the_query_and_all_passages() -> None:
     assert units(bench_model("rerank"), [item, Item("q", None, ("a",) * 4, (0.0,) * 4)]) == 3
 
 
-def test_tags_differ_for_every_counter() -> None:
-    tags = {tag(counter) for counter in (*range(2000), 2**31, 2**32 - 1)}
+def test_blanks_differ_for_every_number() -> None:
+    tags = {blanks(counter) for counter in (*range(2000), 2**31, 2**32 - 1)}
     assert len(tags) == 2002
     assert all(not value.strip() and len(value) == 32 for value in tags)
 
@@ -255,3 +256,17 @@ def test_memory_counts_the_whole_tree_and_finds_a_models_own_process(tmp_path: P
     assert machine.tree_resident_mib(tree, tmp_path) == 81
     assert machine.model_pids(tree, "sentiment", tmp_path) == [20]
     assert machine.resident_mib(99, tmp_path) is None
+
+
+def test_padding_counters_are_read_per_model_and_as_a_difference() -> None:
+    text = (
+        "# HELP onecard_tokens_total Tokens\n"
+        'onecard_tokens_total{model="a"} 90\nonecard_padding_total{model="a"} 10\n'
+        'onecard_tokens_total{model="a-fp16",version="1"} 1e3\nnv_inference_count{model="a"} 5\n'
+    )
+    counters = metrics.parse(text)
+    assert counters == {"a": {"tokens": 90.0, "padding": 10.0}, "a-fp16": {"tokens": 1000.0}}
+    assert metrics.padding_share({}, counters["a"]) == 0.1
+    assert metrics.padding_share({"tokens": 50.0, "padding": 10.0}, counters["a"]) == 0
+    assert metrics.padding_share(counters["a"], counters["a"]) is None
+    assert metrics.read("127.0.0.1:1") == {}

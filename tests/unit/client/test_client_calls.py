@@ -205,3 +205,27 @@ def test_status_lists_models_without_statistics_too(call: Any) -> None:
     status = call("status")
     assert (status.server, status.version, len(status.models)) == ("triton", "2.51.0", 4)
     assert status.models[0].mean_batch_size is None
+
+
+@pytest.mark.parametrize(("method", "arguments"), [("embed", ("abc",)), ("rerank", ("q", ["abc", "d"]))])
+def test_a_failure_replayed_from_the_cache_is_asked_for_again(
+    call: Any, server: Any, method: str, arguments: tuple[Any, ...]
+) -> None:
+    """The cache answers a request that failed before with a success without outputs."""
+    model = {"embed": "embedder", "rerank": "reranker"}[method]
+    server.configs[model]["config"]["response_cache"] = {"enable": True}
+    seen: list[bytes] = []
+
+    def cache(request: Any) -> dict[str, Any]:
+        text = request.inputs["passages" if method == "rerank" else "text"].flat[-1]
+        seen.append(text)
+        if len(seen) == 1:
+            return {}
+        raise InvalidInput("the real reason")
+
+    server.replies = cache
+    with pytest.raises(InvalidInput, match="the real reason"):
+        call(method, *arguments)
+    assert len(seen) == 2
+    assert seen[0] != seen[1]
+    assert seen[0] == seen[1].strip()
