@@ -1,21 +1,141 @@
-"""ONNX files shared by all stages: reading, writing whole or not at all, and running graphs held in memory."""
+"""ONNX files, shared by all stages: read, written whole or not at all, and run straight from memory."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from build_engines.export.graph import EXTERNAL_THRESHOLD, read_graph, save_graph, verify_graph
+from build_engines.errors import ArtifactError, ExportError
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["open_session", "read_graph", "save_graph", "verify_graph"]
+# A protobuf message ends at 2 GiB; 1.5 GB leaves room for what quantization adds to it.
+EXTERNAL_THRESHOLD = 1_500_000_000
+# Small constants stay inside: shape inference and TensorRT's parser want to see them.
+SMALLEST_EXTERNAL = 1024
+_ALIGNMENT = 4096  # of external tensors, so that a runtime can map them
+
+
+def read_graph(path: Path) -> onnx.ModelProto:
+    """Load a graph with its external data in memory.
+
+    Raises:
+        ArtifactError: the file is missing or not an ONNX graph, or its external data is missing or short.
+    """
+    import onnx
+
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
+    except Exception as error:  # protobuf's DecodeError has no public common base
+        raise ArtifactError(f"{path} is not an ONNX graph: {error}") from error
+    _check_external_files(model, path.parent)
+    onnx.load_external_data_for_model(model, str(path.parent))
+    return model
+
+
+def save_graph(model: onnx.ModelProto, path: Path, *, external_threshold: int = EXTERNAL_THRESHOLD) -> None:
+    """Write a graph, and `<path>.data` where its weights exceed `external_threshold` bytes: checked, or nothing.
+
+    Raises:
+        ArtifactError: the disk is full or read-only.
+        ExportError: onnx.checker refuses the graph.
+    """
+    total = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    with written_aside(path) as draft:
+        if total > external_threshold:
+            copy = type(model)()
+            copy.CopyFrom(model)
+            model = copy
+            with (draft.parent / f"{path.name}.data").open("wb") as data:
+                for tensor in model.graph.initializer:
+                    if len(tensor.raw_data) >= SMALLEST_EXTERNAL:
+                        store_external(tensor, memoryview(tensor.raw_data), data, f"{path.name}.data")
+        draft.write_bytes(model.SerializeToString())
+        verify_graph(draft)
+
+
+def verify_graph(path: Path) -> None:
+    """onnx.checker with full shape inference, and every external tensor within its file.
+
+    Raises:
+        ExportError: what the checker said, with the file's name.
+        ArtifactError: as `read_graph`.
+    """
+    import onnx
+
+    _check_external_files(onnx.load(str(path), load_external_data=False), path.parent)
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"onnx.checker refuses {path.name}: {error}") from error
+
+
+def store_external(tensor: onnx.TensorProto, payload: memoryview, data: IO[bytes], location: str) -> None:
+    """Append `payload` to `data`, the file `location` beside the graph, and let `tensor` point there."""
+    from onnx import TensorProto
+
+    data.write(b"\0" * (-data.tell() % _ALIGNMENT))
+    entries = {"location": location, "offset": str(data.tell()), "length": str(payload.nbytes)}
+    data.write(payload)
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    del tensor.external_data[:]
+    for key, value in entries.items():
+        tensor.external_data.add(key=key, value=value)
+
+
+def _check_external_files(model: onnx.ModelProto, folder: Path) -> None:
+    from onnx import TensorProto
+
+    for tensor in model.graph.initializer:
+        if tensor.data_location != TensorProto.EXTERNAL:
+            continue
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        file = folder / entries["location"]
+        end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
+        if not file.is_file() or file.stat().st_size < end:
+            state = "is missing" if not file.is_file() else f"has {file.stat().st_size} of {end} bytes"
+            raise ArtifactError(
+                f"the weights file {file} {state}",
+                cause="the graph was copied without its .data file, or the copy was cut short",
+                next_step="copy both files together, or run the export again",
+            )
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Yield a draft path beside `path`; on success swap draft and its .data in, on failure leave nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    final_data = path.with_name(f"{path.name}.data")
+    try:
+        draft = folder / path.name
+        yield draft
+        # The graph goes first and comes back last: no graph ever stands beside another graph's data.
+        path.unlink(missing_ok=True)
+        final_data.unlink(missing_ok=True)
+        if (folder / final_data.name).exists():
+            os.replace(folder / final_data.name, final_data)
+        os.replace(draft, path)
+    except OSError as error:
+        raise ArtifactError(
+            f"{path} cannot be written: {error.strerror or error}",
+            next_step="free some disk space or choose another build folder, then run the same command",
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def open_session(model: onnx.ModelProto | Path) -> Any:
-    """A CPU session over a graph in memory; one too large for a protobuf message goes through a temporary file."""
+    """A CPU session over a graph; one too large for a protobuf message goes through a temporary file."""
     from triton_repo.runtime.session import onnx_session
 
     if isinstance(model, Path):

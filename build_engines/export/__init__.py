@@ -5,15 +5,6 @@ names that other stages rely on are listed in `build_engines.export.encoder`.
 """
 
 from build_engines.export.encoder import ExportedGraph, export_encoder
-from build_engines.export.graph import read_graph, save_graph, verify_graph
 from build_engines.export.half import to_fp16, to_fp16_file
 
-__all__ = [
-    "ExportedGraph",
-    "export_encoder",
-    "read_graph",
-    "save_graph",
-    "to_fp16",
-    "to_fp16_file",
-    "verify_graph",
-]
+__all__ = ["ExportedGraph", "export_encoder", "to_fp16", "to_fp16_file"]

@@ -48,10 +48,11 @@ from build_engines.errors import ExportError
 from build_engines.export.architecture import Encoder, harmless_tensors, read_encoder
 from build_engines.export.blocks import Scope, write_encoder
 from build_engines.export.checkpoint import Checkpoint, open_checkpoint
-from build_engines.export.graph import EXTERNAL_THRESHOLD, GraphBuilder
+from build_engines.export.graph import GraphBuilder
 from build_engines.export.heads import write_classifier, write_embedding, write_reranker
 from build_engines.export.sentence import encoder_folder, read_sentence
 from build_engines.export.tokenizer import write_tokenizer
+from build_engines.graphs import EXTERNAL_THRESHOLD
 
 TASKS = ("classify", "embed", "rerank")
 

@@ -1,4 +1,4 @@
-"""GraphBuilder: ONNX nodes by name, weights by promise, and files that are either whole or absent.
+"""GraphBuilder: ONNX nodes by name, weights by promise, in a file that is either whole or absent.
 
 Weights are read only while the file is written, one at a time: with external data, the memory needed is the
 graph plus one tensor.
@@ -7,9 +7,6 @@ graph plus one tensor.
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from build_engines.errors import ExportError
+from build_engines.graphs import (
+    EXTERNAL_THRESHOLD,
+    SMALLEST_EXTERNAL,
+    store_external,
+    verify_graph,
+    written_aside,
+)
 
 if TYPE_CHECKING:
     import onnx
@@ -27,9 +30,6 @@ Array = npt.NDArray[Any]
 
 OPSET = 23  # Attention and RotaryEmbedding; 24 only adds what a KV cache needs
 IR_VERSION = 11  # the first IR that carries opset 23; every runtime here reads it
-# A protobuf message ends at 2 GiB; 1.5 GB leaves room for what quantization adds to it.
-EXTERNAL_THRESHOLD = 1_500_000_000
-_ALIGNMENT = 4096  # of external tensors, so that a runtime can map them
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +129,12 @@ class GraphBuilder:
         """Write `path`, and `<path>.data` for weights above `external_threshold` bytes; checked, or nothing.
 
         Raises:
-            ExportError: the disk is full, or onnx.checker refuses the graph.
+            ArtifactError: the disk is full.
+            ExportError: onnx.checker refuses the graph.
         """
         from onnx import helper
 
-        with _written_aside(path) as draft:
+        with written_aside(path) as draft:
             external = sum(weight.nbytes for weight in self.weights.values()) > external_threshold
             data = (draft.parent / f"{path.name}.data").open("wb") if external else None
             with data or contextlib.nullcontext():
@@ -156,119 +157,13 @@ class GraphBuilder:
             )
         tensor = TensorProto(name=name, dims=list(array.shape))
         tensor.data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
-        # Small constants stay inside: shape inference and TensorRT's parser want to see them.
-        if data is None or array.nbytes < 1024:
+        if data is None or array.nbytes < SMALLEST_EXTERNAL:
             tensor.raw_data = array.tobytes()
         else:
-            _store_external(tensor, memoryview(array.tobytes()), data, f"{path.name}.data")
+            store_external(tensor, memoryview(array.tobytes()), data, f"{path.name}.data")
         return tensor
 
     def _claim_tensor(self, name: str) -> None:
         if name in self._tensors:
             raise AssertionError(f"tensor {name} is written twice")
         self._tensors.add(name)
-
-
-def read_graph(path: Path) -> onnx.ModelProto:
-    """Load a graph with its external data in memory.
-
-    Raises:
-        ExportError: the file is missing or not an ONNX graph, or its external data is missing or short.
-    """
-    import onnx
-
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except OSError as error:
-        raise ExportError(f"{path} cannot be read: {error.strerror}") from error
-    except Exception as error:  # protobuf's DecodeError has no public common base
-        raise ExportError(f"{path} is not an ONNX graph: {error}") from error
-    _check_external_files(model, path.parent)
-    onnx.load_external_data_for_model(model, str(path.parent))
-    return model
-
-
-def save_graph(model: onnx.ModelProto, path: Path, *, external_threshold: int = EXTERNAL_THRESHOLD) -> None:
-    """Write an in-memory graph as `GraphBuilder.write` does: checked, whole or not at all."""
-    total = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
-    with _written_aside(path) as draft:
-        if total > external_threshold:
-            copy = type(model)()
-            copy.CopyFrom(model)
-            model = copy
-            with (draft.parent / f"{path.name}.data").open("wb") as data:
-                for tensor in model.graph.initializer:
-                    if len(tensor.raw_data) >= 1024:
-                        _store_external(tensor, memoryview(tensor.raw_data), data, f"{path.name}.data")
-        draft.write_bytes(model.SerializeToString())
-        verify_graph(draft)
-
-
-def verify_graph(path: Path) -> None:
-    """onnx.checker with full shape inference, and every external tensor within its file.
-
-    Raises:
-        ExportError: what the checker said, with the file's name.
-    """
-    import onnx
-
-    _check_external_files(onnx.load(str(path), load_external_data=False), path.parent)
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"onnx.checker refuses {path.name}: {error}") from error
-
-
-def _store_external(tensor: onnx.TensorProto, payload: memoryview, data: Any, location: str) -> None:
-    from onnx import TensorProto
-
-    data.write(b"\0" * (-data.tell() % _ALIGNMENT))
-    entries = {"location": location, "offset": str(data.tell()), "length": str(payload.nbytes)}
-    data.write(payload)
-    tensor.ClearField("raw_data")
-    tensor.data_location = TensorProto.EXTERNAL
-    del tensor.external_data[:]
-    for key, value in entries.items():
-        tensor.external_data.add(key=key, value=value)
-
-
-def _check_external_files(model: onnx.ModelProto, folder: Path) -> None:
-    from onnx import TensorProto
-
-    for tensor in model.graph.initializer:
-        if tensor.data_location != TensorProto.EXTERNAL:
-            continue
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        file = folder / entries["location"]
-        end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
-        if not file.is_file() or file.stat().st_size < end:
-            state = "is missing" if not file.is_file() else f"has {file.stat().st_size} of {end} bytes"
-            raise ExportError(
-                f"the weights file {file} {state}",
-                cause="the graph was copied without its .data file, or the copy was cut short",
-                next_step="copy both files together, or run the export again",
-            )
-
-
-@contextlib.contextmanager
-def _written_aside(path: Path) -> Any:
-    """Yield a draft path beside `path`; on success swap draft and its .data in, on failure leave nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    final_data = path.with_name(f"{path.name}.data")
-    try:
-        draft = folder / path.name
-        yield draft
-        # The graph goes first and comes back last: no graph ever stands beside another graph's data.
-        path.unlink(missing_ok=True)
-        final_data.unlink(missing_ok=True)
-        if (folder / final_data.name).exists():
-            os.replace(folder / final_data.name, final_data)
-        os.replace(draft, path)
-    except OSError as error:
-        raise ExportError(
-            f"{path} cannot be written: {error.strerror or error}",
-            next_step="free some disk space or choose another build folder, then run the same command",
-        ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from build_engines.errors import ExportError
-from build_engines.export.graph import Array, read_graph, save_graph
+from build_engines.export.graph import Array
+from build_engines.graphs import read_graph, save_graph
 
 if TYPE_CHECKING:
     import onnx

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from tiny_models import batch, save_tiny, session, write_word_tokenizer
 
-from build_engines.errors import ExportError
-from build_engines.export import export_encoder, read_graph, save_graph, verify_graph
+from build_engines.errors import ArtifactError, ExportError
+from build_engines.export import export_encoder
+from build_engines.graphs import read_graph, save_graph, verify_graph
 
 SHAPE = (3, 17)
 
@@ -425,9 +426,9 @@ def test_a_graph_without_its_data_is_refused(damage: str, saved: dict[str, Path]
         data.unlink()
     else:
         data.write_bytes(data.read_bytes()[:-4])
-    with pytest.raises(ExportError, match=r"weights file .*model\.onnx\.data"):
+    with pytest.raises(ArtifactError, match=r"weights file .*model\.onnx\.data"):
         verify_graph(graph.path)
-    with pytest.raises(ExportError, match=r"weights file .*model\.onnx\.data"):
+    with pytest.raises(ArtifactError, match=r"weights file .*model\.onnx\.data"):
         read_graph(graph.path)
 
 
@@ -437,7 +438,7 @@ def test_a_failed_write_leaves_nothing(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("build_engines.export.graph._store_external", full)
-    with pytest.raises(ExportError, match="No space left on device"):
+    monkeypatch.setattr("build_engines.export.graph.store_external", full)
+    with pytest.raises(ArtifactError, match="No space left on device"):
         export_encoder(saved["classify"], "classify", tmp_path, external_threshold=1000)
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]

@@ -12,7 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 from tiny_models import session
 
 from build_engines.errors import ExportError
-from build_engines.export import save_graph, to_fp16
+from build_engines.export import to_fp16
+from build_engines.graphs import read_graph, save_graph
 
 FLOAT_INPUT = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4])
 
@@ -144,7 +145,7 @@ def test_a_lowered_graph_is_refused() -> None:
 
 
 def test_large_graphs_convert_from_file_to_file(tmp_path: Path) -> None:
-    from build_engines.export import read_graph, to_fp16_file
+    from build_engines.export import to_fp16_file
 
     save_graph(quantized_linear(0.02, [0.1] * 3), tmp_path / "a.onnx", external_threshold=0)
     to_fp16_file(tmp_path / "a.onnx", tmp_path / "b.onnx")

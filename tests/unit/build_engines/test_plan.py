@@ -162,7 +162,8 @@ def test_the_plan_states_what_the_compiled_engine_takes(
     exported: dict[str, Path], tmp_path: Path, kind: str, precision: Any
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="the TensorRT-RTX builder is not installed")
-    from build_engines.export import read_graph, save_graph, to_fp16
+    from build_engines.export import to_fp16
+    from build_engines.graphs import read_graph, save_graph
     from build_engines.targets import get_target
 
     task: Any = kind.split("-")[1]

@@ -13,7 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 from tiny_models import save_tiny
 
 from build_engines.errors import ArtifactError, CompileError
-from build_engines.export import export_encoder, read_graph, save_graph, to_fp16
+from build_engines.export import export_encoder, to_fp16
+from build_engines.graphs import read_graph, save_graph
 from build_engines.plan import Profile
 from build_engines.targets.engine_file import check_engine, read_header
 from build_engines.targets.tensorrt import TensorRTTarget
