@@ -152,6 +152,46 @@ def demo_models(folder: Path) -> None:
     write_demo_models(folder)
 
 
+@main.command()
+@stack_argument
+@build_dir_option
+@json_option
+@fail_cleanly
+def measure(stack: Path, build_dir: Path | None, as_json: bool) -> None:
+    """Time the stack's ONNX Runtime engines against PyTorch FP32 and BF16 at fixed shapes, in one run.
+
+    \b
+    Example:
+      build-engines measure stacks/demo.toml
+    """
+    from rich.console import Console
+
+    from build_engines.measure import measure_stack, render_measurements
+
+    with StageLines() as lines:
+        lines.start("engines", "against PyTorch")
+        found = measure_stack(_load(stack, build_dir), lines.progress)
+    if as_json:
+        print_json(found)
+    else:
+        Console().print(render_measurements(found))
+
+
+@main.command("random-model")
+@click.argument("folder", type=click.Path(path_type=Path))
+@fail_cleanly
+def random_model(folder: Path) -> None:
+    """Write a BERT-base-sized embedder with random weights, for measuring what a larger engine gains.
+
+    \b
+    Example:
+      build-engines random-model build/bert-base/models/encoder
+    """
+    from build_engines.random_model import write_random_model
+
+    write_random_model(folder)
+
+
 def _load(path: Path, build_dir: Path | None) -> Stack:
     from build_engines.stack import load_stack
 

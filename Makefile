@@ -1,0 +1,57 @@
+# Every command of the project. `make help` lists them.
+STACK ?= stacks/demo.toml
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# A CPU build of torch where there is no NVIDIA driver and an index offers one, otherwise the default build.
+TORCH := torch==2.13.0
+EXTRAS := serve,build,trt-rtx,demo,bench,dev
+
+.PHONY: help setup demo engines serve bench test lint clean
+.DEFAULT_GOAL := help
+
+help: ## list the commands
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+setup: .venv/.ready ## create .venv with everything pinned by constraints.txt
+
+.venv/.ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 is needed; name one: make PYTHON=/path/to/python3.12 setup"; exit 1; }
+	@echo "Setting up .venv (a few minutes, most of it downloads)"
+	@$(PYTHON) -m venv --clear .venv
+	@command -v nvidia-smi >/dev/null || $(PIP) install "$(TORCH)+cpu" 2>/dev/null || true
+	@$(PIP) install -c constraints.txt "$(TORCH)"
+	@$(PIP) install -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
+demo: setup ## train, plan, build, compile, serve and measure the demo stack
+	@$(BIN)/build-engines demo-models build/demo/models
+	@$(BIN)/build-engines plan stacks/demo.toml
+	@$(BIN)/build-engines build stacks/demo.toml
+	@$(BIN)/triton-repo write stacks/demo.toml
+	@$(BIN)/triton-repo serve stacks/demo.toml --free-ports -- $(BIN)/client bench --quick --output build/demo
+
+engines: setup ## build every engine of STACK and its Triton repository
+	@case "$(STACK)" in stacks/demo.toml) $(BIN)/build-engines demo-models build/demo/models;; esac
+	@$(BIN)/build-engines build $(STACK)
+	@$(BIN)/triton-repo write $(STACK)
+
+serve: setup ## serve STACK with Triton on 127.0.0.1 until interrupted
+	@$(BIN)/triton-repo serve $(STACK)
+
+bench: engines ## measure STACK against PyTorch: engines alone, then served
+	@$(BIN)/build-engines measure $(STACK)
+	@$(BIN)/build-engines random-model build/bert-base/models/encoder
+	@$(BIN)/build-engines build stacks/bert-base.toml
+	@$(BIN)/build-engines measure stacks/bert-base.toml
+	@$(BIN)/triton-repo serve $(STACK) --free-ports -- $(BIN)/client bench --output build/bench
+
+test: setup ## run all tests
+	@$(BIN)/python -m pytest
+
+lint: setup ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+clean: ## remove everything that was built, and .venv
+	@rm -rf build .venv *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,144 @@
+"""Engines against PyTorch on this machine, at fixed shapes, all in one process and one run.
+
+Timings on shared machines drift, so only ratios within one run count. Every contender runs in blocks, the blocks in
+turn, several rounds: run by run the idle threads of one library would still spin while the next one is timed.
+The figure is the median over all blocks.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from build_engines.errors import ArtifactError
+from build_engines.stack import Model, Stack
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+SHAPES = ((1, 32), (8, 64), (32, 128))
+_ROUNDS = 3
+_BLOCK_SECONDS = 0.6
+_SETTLE_SECONDS = 0.05
+
+Arrays = Mapping[str, "np.typing.NDArray[Any]"]
+Contender = Callable[[Arrays], object]
+Progress = Callable[[str, int, int], None]
+
+
+def measure_stack(stack: Stack, progress: Progress) -> dict[str, Any]:
+    """Milliseconds per batch for each ONNX Runtime engine and for PyTorch FP32 and BF16, by model and shape.
+
+    Raises:
+        ArtifactError: an engine is missing or altered.
+    """
+    total = len(stack.models) * len(SHAPES)
+    measured: dict[str, Any] = {}
+    for name, model in stack.models.items():
+        engines, inputs = _engines(stack, model)
+        contenders = {**_pytorch(stack.checkpoint_dir(model), model), **engines}
+        shapes = {}
+        for batch, length in SHAPES:
+            progress(f"{name} {batch}x{length}", len(measured) * len(SHAPES) + len(shapes), total)
+            shapes[f"{batch}x{length}"] = _race(contenders, _random_batch(inputs, batch, length))
+        measured[name] = {"task": model.task, "milliseconds": shapes}
+    return {"machine": machine(), "models": measured}
+
+
+def _engines(stack: Stack, model: Model) -> tuple[dict[str, Contender], list[str]]:
+    from triton_repo.runtime.session import EngineRefused, open_engine
+
+    found: dict[str, Contender] = {}
+    inputs: list[str] = []
+    for precision in model.precisions:
+        folder = stack.build_dir / "engines" / model.name / precision / "onnxruntime"
+        try:
+            engine = open_engine(folder)
+        except EngineRefused as error:
+            raise ArtifactError(str(error), next_step=f"build-engines build {stack.path}") from None
+        found[precision] = engine.run
+        inputs = engine.manifest["serving"]["inputs"]
+    return found, inputs
+
+
+def _pytorch(folder: Path, model: Model) -> dict[str, Contender]:
+    """The bare encoder without its head, which favours PyTorch a little, in FP32 and BF16."""
+    import torch
+    from transformers import AutoModel, logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+    def contender(dtype: torch.dtype) -> Contender:
+        encoder = AutoModel.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=model.allow_remote_code
+        ).eval()
+
+        def run(arrays: Arrays) -> object:
+            with torch.inference_mode():
+                return encoder(**{name: torch.from_numpy(value) for name, value in arrays.items()})
+
+        return run
+
+    return {"pytorch-fp32": contender(torch.float32), "pytorch-bf16": contender(torch.bfloat16)}
+
+
+def _random_batch(inputs: list[str], batch: int, length: int) -> dict[str, Any]:
+    """Full rows: what is timed is arithmetic, and padding would only flatter whoever skips it."""
+    ids = np.random.default_rng(0).integers(1000, 20000, (batch, length))
+    arrays = {name: np.zeros((batch, length), dtype=np.int64) for name in inputs}
+    return {**arrays, "input_ids": ids, "attention_mask": np.ones((batch, length), dtype=np.int64)}
+
+
+def _race(contenders: Mapping[str, Contender], arrays: Arrays) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(_ROUNDS):
+        for name, run in contenders.items():
+            time.sleep(_SETTLE_SECONDS)
+            run(arrays)
+            end = time.perf_counter() + _BLOCK_SECONDS
+            while time.perf_counter() < end:
+                started = time.perf_counter()
+                run(arrays)
+                times[name].append(time.perf_counter() - started)
+    return {name: round(1000 * statistics.median(found), 3) for name, found in times.items()}
+
+
+def machine() -> dict[str, Any]:
+    """What a figure must be read with."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnxruntime")}
+    cores = len(os.sched_getaffinity(0))
+    return {"cpu": _cpu_name(), "cores": cores, "python": platform.python_version(), **versions}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def render_measurements(measured: dict[str, Any]) -> RenderableType:
+    """Milliseconds per batch, and each engine's speed against both forms of PyTorch."""
+    from rich.table import Table
+
+    table = Table(title="Engines against PyTorch, one run", title_justify="left")
+    for column in ("model", "batch x tokens", "contender", "ms", "x FP32", "x BF16"):
+        table.add_column(column, justify="left" if column in {"model", "contender"} else "right")
+    for name, model in measured["models"].items():
+        for shape, times in model["milliseconds"].items():
+            for contender, milliseconds in times.items():
+                ratios = (times[base] / milliseconds for base in ("pytorch-fp32", "pytorch-bf16"))
+                table.add_row(name, shape, contender, f"{milliseconds:.2f}", *(f"{ratio:.2f}" for ratio in ratios))
+            table.add_section()
+    return table
