@@ -135,7 +135,7 @@ def status(as_json: bool, **server: Any) -> None:
 
 
 @main.command()
-@click.argument("summary", metavar="STACK_JSON", type=click.Path(path_type=Path))
+@click.argument("summary", metavar="STACK_JSON", envvar="ONECARD_STACK_JSON", type=click.Path(path_type=Path))
 @click.option("--quick", is_flag=True, help="Short points: the whole table in under two minutes.")
 @click.option("--model", "models", multiple=True, metavar="NAME", help="Only this model (repeatable).")
 @click.option("--seconds", type=click.FloatRange(min=0.2), help="Duration of each point [default: 5].")

@@ -110,13 +110,13 @@ def serve(repository: Path, command: tuple[str, ...], as_json: bool, **options: 
     """Serve REPOSITORY (a folder, or a stack file whose repository is written) until interrupted.
 
     With a COMMAND after `--`, run it once the server is ready, with ONECARD_URL_HTTP, ONECARD_URL_GRPC,
-    ONECARD_URL_METRICS (host:port) and ONECARD_SERVER_PID in its environment; then stop the server and exit
-    with the command's code.
+    ONECARD_URL_METRICS (host:port), ONECARD_SERVER_PID and ONECARD_STACK_JSON (what is served) in its
+    environment; then stop the server and exit with the command's code.
 
     \b
     Examples:
       triton-repo serve build/demo/repository
-      triton-repo serve stacks/demo.toml --free-ports -- client bench build/demo/stack.json
+      triton-repo serve stacks/demo.toml --free-ports -- client bench --quick
     """
     server_options = ServerOptions(
         host=options["host"],
@@ -219,6 +219,7 @@ def _run_command(server: Server, command: tuple[str, ...]) -> int:
     environment = dict(os.environ)
     environment |= {f"ONECARD_URL_{name.upper()}": url for name, url in server.urls.items()}
     environment["ONECARD_SERVER_PID"] = str(server.pid)
+    environment["ONECARD_STACK_JSON"] = str(server.repository.absolute().parent / "stack.json")
     try:
         process = subprocess.Popen(command, env=environment)
     except OSError as error:
