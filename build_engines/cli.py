@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
 
 stack_argument = click.argument("stack", type=click.Path(path_type=Path))
 build_dir_option = click.option(
-    "--build-dir", type=click.Path(path_type=Path), help="Where everything is written [default: build/<stack name>]."
+    "--build-dir",
+    type=click.Path(path_type=Path),
+    help="Where everything is written [default: build/<stack name>].",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 offline_option = click.option("--offline", is_flag=True, help="Use only what is on this disk already.")
@@ -71,7 +74,8 @@ def fetch(stack: Path, build_dir: Path | None, offline: bool) -> None:
     Example:
       HF_TOKEN=... build-engines fetch stacks/korean-reviews.toml
     """
-    _fetch(_load(stack, build_dir), offline=offline)
+    loaded = _load(stack, build_dir)
+    _fetch(loaded, list(loaded.models), offline=offline)
 
 
 @main.command()
@@ -104,12 +108,17 @@ def build(
     loaded = _load(stack, build_dir)
     _check_names("model", models, list(loaded.models))
     _check_names("target", targets, list(loaded.targets))
-    _fetch(loaded, offline=offline)
+    _fetch(loaded, models or list(loaded.models), offline=offline)
     require_fit(plan_stack(loaded))
     with StageLines() as lines:
         engines = build_stack(loaded, lines, models=models or None, targets=targets or None)
     if as_json:
-        print_json([{"folder": str(engine.folder), "skipped": engine.skipped, **engine.manifest} for engine in engines])
+        print_json(
+            [
+                {"folder": str(engine.folder), "skipped": engine.skipped, **engine.manifest}
+                for engine in engines
+            ]
+        )
     else:
         made = sum(not engine.skipped for engine in engines)
         console.print(f"{len(engines)} engines in {loaded.build_dir / 'engines'}, {made} of them made now")
@@ -198,10 +207,16 @@ def _load(path: Path, build_dir: Path | None) -> Stack:
     return load_stack(path, build_dir=build_dir)
 
 
-def _fetch(stack: Stack, *, offline: bool) -> None:
-    from build_engines.fetch import fetch_stack
+def _fetch(stack: Stack, models: Sequence[str], *, offline: bool) -> None:
+    from build_engines.fetch import fetch_model
 
-    fetch_stack(stack, offline=offline)
+    with StageLines() as lines:
+        for name in models:
+            lines.start(name, "fetch")
+            found = fetch_model(
+                stack.models[name], stack.fetched_dir(name), offline=offline, progress=lines.progress
+            )
+            lines.done(found.origin, f"{found.size / 2**20:.1f} MiB at {found.path}")
 
 
 def _check_names(kind: str, given: tuple[str, ...], known: list[str]) -> None:
@@ -209,7 +224,9 @@ def _check_names(kind: str, given: tuple[str, ...], known: list[str]) -> None:
 
     for name in given:
         if name not in known:
-            raise StackError(f"the stack has no {kind} called {name!r}", next_step=f"one of: {', '.join(known)}")
+            raise StackError(
+                f"the stack has no {kind} called {name!r}", next_step=f"one of: {', '.join(known)}"
+            )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ console = Console(stderr=True, highlight=False)
 
 
 def fail_cleanly(command: Callable[P, R]) -> Callable[P, R]:
-    """Print a user's mistake as a message and exit with its code; other exceptions are ours and keep their traceback."""
+    """Print a user's mistake as a message and exit with its code; a fault of ours keeps its traceback."""
 
     @functools.wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -44,10 +44,14 @@ def print_json(value: Any) -> None:
 
 
 class StageLines:
-    """Draws a build: a bar for the stage that runs, a line for each that is done. Use as a context manager."""
+    """Draws a build: a bar for the stage that runs, a line for each that is done. A context manager."""
 
     def __init__(self) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total}"),
+        )
         self._progress = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
         self._task: TaskID | None = None
         self._name = ""
@@ -69,8 +73,11 @@ class StageLines:
             self._progress.update(self._task, description=description, completed=done, total=max(total, 1))
 
     def finish(self, run: StageRun, detail: str) -> None:
+        self.done("unchanged" if run.skipped else f"{run.seconds:.1f} s", detail)
+
+    def done(self, state: str, detail: str) -> None:
+        """Replace the bar by a line: what was done, in which state it is, and what came of it."""
         if self._task is not None:
             self._progress.remove_task(self._task)
             self._task = None
-        state = "[dim]unchanged[/]" if run.skipped else f"{run.seconds:6.1f} s"
-        console.print(f"  {self._name:36} {state}  {detail}")
+        console.print(f"  {self._name:36} {state:>9}  {detail}", markup=False, soft_wrap=True)

@@ -1,8 +1,9 @@
 """When a gate fails: give layers their precision back, most sensitive first, until it passes.
 
-A layer in static INT8 first keeps its INT8 weights and gets float activations back ("int8-weights"), which costs
-no memory; only when all have done that do layers return to float altogether. Quality grows with the number of
-steps taken, so the smallest number that passes is found by doubling and bisection instead of one by one.
+A layer in static INT8 first keeps its INT8 weights and gets float activations back ("int8-weights"), which
+costs no memory; only when all have done that do layers return to float altogether. Quality grows with the
+number of steps taken, so the smallest number that passes is found by doubling and bisection instead of one
+by one.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ Judge = Callable[[Modes], GateReport]
 class Outcome:
     """The modes that passed and how they were found.
 
-    `tried`: (steps taken, report) in the order tried; the report of `modes` is `report`. `sensitivity`: relative
-    error of the model's answers when only that layer is quantized; empty if the first attempt passed.
+    `tried`: (steps taken, report) in the order tried; the report of `modes` is `report`. `sensitivity`:
+    relative error of the model's answers when only that layer is quantized; empty if the first attempt
+    passed.
     """
 
     start: Mode
@@ -52,11 +54,15 @@ class Outcome:
 
 
 def find_passing_modes(
-    linears: Sequence[Linear], start: Mode, judge: Judge, measure_sensitivity: Callable[[], Mapping[str, float]]
+    linears: Sequence[Linear],
+    start: Mode,
+    judge: Judge,
+    measure_sensitivity: Callable[[], Mapping[str, float]],
 ) -> Outcome:
     """The modes with the fewest steps back that pass.
 
-    `judge` evaluates a choice of modes; `measure_sensitivity` is called once, and only if the first attempt fails.
+    `judge` evaluates a choice of modes; `measure_sensitivity` is called once, and only if the first attempt
+    fails.
 
     Raises:
         GateError: with the table of everything tried, when no quantized layer is left that could return.
@@ -109,7 +115,7 @@ def _nothing_left(start: Mode, reports: Mapping[int, GateReport]) -> GateError:
     )
     return GateError(
         f"no choice of layers in {start} passes the accuracy gates; no engine was published\n{table}",
-        cause="the graph differs from the checkpoint beyond quantization, the calibration texts are unlike the "
-        "evaluation texts, or the gates ask for more than INT8 can give",
-        next_step="calibrate on texts of your own domain, loosen [models.<name>.gates], or use precision fp16",
+        cause="the graph differs from the checkpoint beyond quantization, the calibration texts are unlike "
+        "the evaluation texts, or the gates ask for more than INT8 can give",
+        next_step="calibrate on texts of your own domain, loosen [models.<name>.gates], or use fp16",
     )

@@ -78,7 +78,9 @@ class Truth:
     relevance: FloatArray | None = None
 
 
-def judge(task: str, precision: str, reference: FloatArray, answers: FloatArray, gates: Gates, truth: Truth) -> GateReport:
+def judge(
+    task: str, precision: str, reference: FloatArray, answers: FloatArray, gates: Gates, truth: Truth
+) -> GateReport:
     """Compare answers with the FP32 reference, row by row of the evaluation set.
 
     Args:

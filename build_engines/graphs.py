@@ -42,7 +42,7 @@ def read_graph(path: Path) -> onnx.ModelProto:
 
 
 def save_graph(model: onnx.ModelProto, path: Path, *, external_threshold: int = EXTERNAL_THRESHOLD) -> None:
-    """Write a graph, and `<path>.data` where its weights exceed `external_threshold` bytes: checked, or nothing.
+    """Write a graph, checked, or nothing; above `external_threshold` bytes its weights go to `<path>.data`.
 
     Raises:
         ArtifactError: the disk is full or read-only.

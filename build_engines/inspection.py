@@ -44,7 +44,9 @@ def render_engine(engine: dict[str, Any]) -> RenderableType:
         table.add_row(f"gate ({stage})", _gate_lines(report.get("gate", report)))
     returned = engine["gates"].get("graph", {}).get("returned") or []
     if returned:
-        lines = (f"{item['layer']} to {item['mode']} (sensitivity {item['sensitivity']:.1e})" for item in returned)
+        lines = (
+            f"{item['layer']} to {item['mode']} (sensitivity {item['sensitivity']:.1e})" for item in returned
+        )
         table.add_row("layers returned", "\n".join(lines))
     layers = sorted(engine.get("layers", {}).items(), key=lambda item: -item[1])
     table.add_row("layer types", ", ".join(f"{count} {name}" for name, count in layers))

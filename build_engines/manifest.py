@@ -1,7 +1,8 @@
 """What every stage leaves beside its files: a record of what went in, what came out and with what result.
 
-A stage whose inputs did not change and whose files still match their digests is skipped. Files are written aside
-and renamed together with their record, so that a killed run leaves nothing that a later one would take for whole.
+A stage whose inputs did not change and whose files still match their digests is skipped. Files are written
+aside and renamed together with their record, so that a killed run leaves nothing that a later one would
+take for whole.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True, slots=True)
 class StageRun:
-    """A finished stage. `result` is what the stage said of itself; `seconds` is how long it took when it ran."""
+    """A finished stage. `result` is what the stage said of itself; `seconds` is what it took when it ran."""
 
     folder: Path
     result: dict[str, Any]
@@ -66,7 +67,8 @@ def run_stage(folder: Path, inputs: Mapping[str, Any], build: Callable[[Path], d
         raise ArtifactError(
             f"{folder}: cannot be written ({error.strerror or error})",
             cause="the disk is full or the folder is read-only",
-            next_step="free space or name another folder with --build-dir, then run again: finished stages are kept",
+            next_step="free space or name another folder with --build-dir, then run again: "
+            "finished stages are kept",
         ) from error
     return StageRun(folder, result, False, seconds)
 
@@ -102,7 +104,7 @@ def write_manifest(folder: Path, manifest: dict[str, Any], engine_file: str) -> 
     """Complete `manifest` with the digests of all files in `folder` and write it there."""
     files = {path.name: file_record(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
     engine = {"file": engine_file, **files.pop(engine_file)}
-    whole = {"format": MANIFEST_FORMAT, **manifest, "engine": engine, "files": files}
+    whole: dict[str, Any] = {"format": MANIFEST_FORMAT, **manifest, "engine": engine, "files": files}
     # Through JSON once, so that the digest is that of the values a reader will see.
     whole = json.loads(json.dumps(whole, ensure_ascii=False))
     whole["digest"] = manifest_digest(whole)
@@ -133,7 +135,12 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    expected = {"key": str, "outputs": dict, "result": dict, "seconds": (int, float)}
+    expected: dict[str, type | tuple[type, ...]] = {
+        "key": str,
+        "outputs": dict,
+        "result": dict,
+        "seconds": (int, float),
+    }
     if not isinstance(record, dict):
         return None
     return record if all(isinstance(record.get(name), kind) for name, kind in expected.items()) else None

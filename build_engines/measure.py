@@ -1,8 +1,8 @@
 """Engines against PyTorch on this machine, at fixed shapes, all in one process and one run.
 
-Timings on shared machines drift, so only ratios within one run count. Every contender runs in blocks, the blocks in
-turn, several rounds: run by run the idle threads of one library would still spin while the next one is timed.
-The figure is the median over all blocks.
+Timings on shared machines drift, so only ratios within one run count. Every contender runs in blocks, the
+blocks in turn, several rounds: run by run the idle threads of one library would still spin while the next
+one is timed. The figure is the median over all blocks.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def measure_stack(stack: Stack, progress: Progress) -> dict[str, Any]:
     for name, model in stack.models.items():
         engines, inputs = _engines(stack, model)
         contenders = {**_pytorch(stack.checkpoint_dir(model), model), **engines}
-        shapes = {}
+        shapes: dict[str, dict[str, float]] = {}
         for batch, length in SHAPES:
             progress(f"{name} {batch}x{length}", len(measured) * len(SHAPES) + len(shapes), total)
             shapes[f"{batch}x{length}"] = _race(contenders, _random_batch(inputs, batch, length))
@@ -139,6 +139,8 @@ def render_measurements(measured: dict[str, Any]) -> RenderableType:
         for shape, times in model["milliseconds"].items():
             for contender, milliseconds in times.items():
                 ratios = (times[base] / milliseconds for base in ("pytorch-fp32", "pytorch-bf16"))
-                table.add_row(name, shape, contender, f"{milliseconds:.2f}", *(f"{ratio:.2f}" for ratio in ratios))
+                table.add_row(
+                    name, shape, contender, f"{milliseconds:.2f}", *(f"{ratio:.2f}" for ratio in ratios)
+                )
             table.add_section()
     return table

@@ -75,7 +75,11 @@ class BuiltEngine:
 
 
 def build_stack(
-    stack: Stack, reporter: Reporter, *, models: Sequence[str] | None = None, targets: Sequence[str] | None = None
+    stack: Stack,
+    reporter: Reporter,
+    *,
+    models: Sequence[str] | None = None,
+    targets: Sequence[str] | None = None,
 ) -> list[BuiltEngine]:
     """Build every engine of the stack (or of the models and targets named) and return them.
 
@@ -154,7 +158,9 @@ class _ModelBuild:
             np.save(out / "answers.npy", found)
             return {"rows": len(found)}
 
-        return self._run("reference", self.work / "reference", inputs, build, lambda r: f"{r['rows']} answers")
+        return self._run(
+            "reference", self.work / "reference", inputs, build, lambda r: f"{r['rows']} answers"
+        )
 
     def _precision(self, precision: Precision) -> StageRun:
         inputs = {
@@ -224,14 +230,16 @@ class _ModelBuild:
                 self._verify_engine(out, manifest, precision, target)
             return {"gates": json.loads((out / "manifest.json").read_text(encoding="utf-8"))["gates"]}
 
-        run = self._run(f"{precision} {target.name}", folder, inputs, build, lambda r: _describe_engine(r, folder))
+        run = self._run(
+            f"{precision} {target.name}", folder, inputs, build, lambda r: _describe_engine(r, folder)
+        )
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         return BuiltEngine(folder, manifest, run.skipped)
 
     # --- parts ----------------------------------------------------------------------------------------------
 
     def _verify_engine(self, out: Path, manifest: dict[str, Any], precision: str, target: Target) -> None:
-        """Judge the compiled engine as it will be opened in the server; record the figures in its manifest."""
+        """Judge the compiled engine as the server will open it; record the figures in its manifest."""
         self.reporter.progress("verify", 0, 1)
         encoder = Encoder.open(out)
         found = answers(encoder, self.evaluation.rows(encoder.tokenizer))
@@ -239,7 +247,7 @@ class _ModelBuild:
         report = judge(self.model.task, precision, reference, found, self.model.gates, truth)
         if not report.passed:
             raise GateError(
-                f"the compiled {precision} engine of {self.model.name!r} fails the gate that its graph passed\n"
+                f"the {precision} engine of {self.model.name!r} fails the gate that its graph passed\n"
                 f"{report.summary()}",
                 cause=f"the kernels of {target.name} on this machine compute something else",
                 next_step="report it with the output of: build-engines inspect",
@@ -272,12 +280,13 @@ class _ModelBuild:
     @cached_property
     def source_digests(self) -> dict[str, str]:
         if not self.source.is_dir():
+            from_hub = self.model.source_dir is None
             raise FetchError(
                 f"the checkpoint of model {self.model.name!r} is not at {self.source}",
-                cause="it was not fetched yet" if self.model.source_dir is None else "the stack file names this folder",
+                cause="it was not fetched yet" if from_hub else "the stack file names this folder",
                 next_step=f"build-engines fetch {self.stack.path}"
-                if self.model.source_dir is None
-                else "correct [models.<name>] source, or create the folder (make demo trains the demo models)",
+                if from_hub
+                else f"correct [models.{self.model.name}] source; make demo trains the demo's models",
             )
         return folder_digests(self.source, _CHECKPOINT_FILES)
 

@@ -48,7 +48,9 @@ class Material:
         )
 
 
-def build_precision(graph: Path, precision: str, out: Path, material: Material, progress: Progress) -> dict[str, Any]:
+def build_precision(
+    graph: Path, precision: str, out: Path, material: Material, progress: Progress
+) -> dict[str, Any]:
     """Write `out`, the graph in `precision`, once its gate has passed; return the gate's figures.
 
     Raises:
@@ -89,7 +91,9 @@ def _check_finite(found: FloatArray) -> None:
 class _Int8:
     """One INT8 precision of one model: calibrate, assemble, judge, fall back."""
 
-    def __init__(self, model: onnx.ModelProto, precision: str, material: Material, progress: Progress) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, precision: str, material: Material, progress: Progress
+    ) -> None:
         self.model = model
         self.precision = precision
         self.material = material
@@ -128,7 +132,7 @@ class _Int8:
         return to_fp16(self.quantizer.assemble(modes))
 
     def _answers(self, modes: Modes, rows: Sequence[Row]) -> FloatArray:
-        """Judged is the graph as the CPU target lowers it: the same INT8 arithmetic, in kernels that are fast."""
+        """Judged is the graph as the CPU target lowers it: the same INT8 arithmetic, in fast kernels."""
         session = open_session(lower(self._typed(modes)))
         return answers(graph_encoder(session, self.material.serving, self.material.tokenizer), rows)
 

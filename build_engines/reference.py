@@ -28,7 +28,7 @@ _PARITY_SHAPES = ((1, 5), (3, 17), (2, 141))
 
 
 class TorchReference:
-    """One checkpoint in FP32 on the CPU. Answers as the exported graph does: probabilities, embeddings, scores."""
+    """One checkpoint in FP32 on the CPU, answering as its graph does: probabilities, embeddings, scores."""
 
     def __init__(self, folder: Path, model: Model) -> None:
         import torch
@@ -76,7 +76,7 @@ class TorchReference:
         return np.asarray(found.float().numpy())
 
     def answers(self, data: TextSet, max_length: int) -> FloatArray:
-        """Answers for every text or pair, in order, tokenized and cut to `max_length` by the Hugging Face tokenizer."""
+        """Answers for every text or pair, in order, cut to `max_length` tokens by Transformers."""
         if data.task == "rerank":
             pairs = [(query, passage) for query, passages in data.groups for passage in passages]
             return self._ordered(pairs, max_length)
@@ -96,12 +96,11 @@ class TorchReference:
         return np.stack(found)
 
     def _score(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        torch = self._torch
-        logits = self._encoder(**inputs).logits.float()
+        logits: torch.Tensor = self._encoder(**inputs).logits.float()
         if self.model.task == "rerank":
-            return torch.sigmoid(logits[:, 0]) if logits.shape[1] == 1 else torch.softmax(logits, 1)[:, 1]
+            return logits[:, 0].sigmoid() if logits.shape[1] == 1 else logits.softmax(1)[:, 1]
         multi_label = self._encoder.config.problem_type == "multi_label_classification"
-        return torch.sigmoid(logits) if multi_label else torch.softmax(logits, dim=1)
+        return logits.sigmoid() if multi_label else logits.softmax(1)
 
     def _embed(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         from torch.nn.functional import normalize
@@ -132,7 +131,7 @@ def _pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tenso
 
 
 def check_parity(reference: TorchReference, session: Any, serving: dict[str, Any], vocabulary: int) -> float:
-    """The largest absolute difference between graph and PyTorch over padded batches of shapes used nowhere else.
+    """The largest absolute difference between graph and PyTorch on padded batches of otherwise unused shapes.
 
     Raises:
         ExportError: it exceeds PARITY_TOLERANCE; the graph is not this model.

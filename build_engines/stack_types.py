@@ -166,7 +166,11 @@ class Stack:
 
     def checkpoint_dir(self, model: Model) -> Path:
         """The checkpoint's folder: the user's own, or where `fetch` puts what it downloads or converts."""
-        fetched = self.build_dir / "sources" / model.name
+        fetched = self.fetched_dir(model.name)
         if model.source_dir is None or (model.allow_pickle and fetched.is_dir()):
             return fetched
         return model.source_dir
+
+    def fetched_dir(self, name: str) -> Path:
+        """Where `fetch` puts what it downloads or converts for the model called `name`."""
+        return self.build_dir / "sources" / name

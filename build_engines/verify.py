@@ -1,7 +1,7 @@
 """Evaluation and calibration data as token rows, and the answers of graphs and engines on them.
 
-Our side always answers through the runtime's own Encoder (its tokenization, its grouping), so that what is judged
-is what will be served; the reference (reference.py) is PyTorch with the Hugging Face tokenizer.
+Our side always answers through the runtime's own Encoder (its tokenization, its grouping), so that what is
+judged is what will be served; the reference (reference.py) is PyTorch with the Hugging Face tokenizer.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from triton_repo.runtime.tokenization import Row, TextTokenizer
 FloatArray = npt.NDArray[np.float32]
 
 _BATCH = 16
-# Deterministic grouping: a measured overhead would differ from run to run, and so would padding and last digits.
+# Deterministic grouping: a measured overhead differs from run to run, and with it padding and last digits.
 _OVERHEAD = 64.0
 
 
 @dataclass(frozen=True, slots=True)
 class TextSet:
-    """Texts (classify, embed) or query/passages groups (rerank), with what is known about the right answers."""
+    """Texts (classify, embed) or groups of query and passages (rerank), and what is known of the answers."""
 
     task: str
     texts: tuple[str, ...]
@@ -74,7 +74,7 @@ def load_calibration(model: Model) -> TextSet:
     """
     if model.calibration.data is None:
         raise DataError(
-            f"model {model.name!r} has no calibration data, which INT8 activations and the FP16 range check need",
+            f"model {model.name!r} has no calibration data, which INT8 and the FP16 range check need",
             next_step=f"add to the stack file: [models.{model.name}.calibration] data = "
             f'"{"bundled:ranking:calibration" if model.task == "rerank" else "bundled:reviews:calibration"}"',
         )
@@ -122,7 +122,7 @@ def graph_encoder(session: Any, serving: dict[str, Any], tokenizer: TextTokenize
 
 
 def answers(encoder: Encoder, rows: Sequence[Row]) -> FloatArray:
-    """What the encoder answers: probabilities [rows, labels], embeddings [rows, dimension] or scores [rows]."""
+    """The encoder's answers: probabilities [rows, labels], embeddings [rows, dimension] or scores [rows]."""
     encoder.overhead = _OVERHEAD
     results = encoder.encode(rows)
     for result in results:

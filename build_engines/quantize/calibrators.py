@@ -1,7 +1,8 @@
 """Calibrators: from sampled activations to the magnitude that the largest INT8 code stands for.
 
-All are symmetric and per tensor, the only form TensorRT takes for activations. Each takes the sampled rows and
-the exact maximum over all calibration tokens, both after smoothing, and returns a threshold in (0, maximum].
+All are symmetric and per tensor, the only form TensorRT takes for activations. Each takes the sampled rows
+and the exact maximum over all calibration tokens, both after smoothing, and returns a threshold in (0,
+maximum].
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from build_engines.quantize.linears import FloatArray
 
@@ -45,7 +47,7 @@ def entropy(rows: FloatArray, maximum: float, percentile: float) -> float:
     return float(edges[cuts[int(np.argmin(losses))]])
 
 
-def _divergence(counts: np.ndarray, cut: int) -> float:
+def _divergence(counts: npt.NDArray[np.float64], cut: int) -> float:
     """KL divergence of the histogram clipped at bin `cut` from its 128-level quantization."""
     reference = counts[:cut].copy()
     reference[-1] += counts[cut:].sum()

@@ -9,9 +9,10 @@ N.weight (now INT8), N.weight.scale, N.input.scale, N.input.zero, N.input.multip
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from build_engines.errors import QuantizeError
 from build_engines.quantize.linears import Linear, find_linears, read_weight
@@ -27,7 +28,8 @@ Mode = Literal["int8", "int8-weights", "float"]
 class Quantizer:
     """Holds the FP32 graph and every Linear's scales; `assemble` writes a graph for any choice of modes.
 
-    Calibration runs once, when the first Linear in mode "int8" is asked for, so that weights-only needs no data.
+    Calibration runs once, when the first Linear in mode "int8" is asked for, so that weights-only needs no
+    data.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -133,7 +135,9 @@ def _quantized_input(graph: onnx.GraphProto, linear: Linear, scales: StaticScale
         multiplier = add.initializer("input.multiplier", scales.rewrite.multiplier)
         source = add.node("Mul", [source, multiplier], "input.smooth")
         if scales.rewrite.offset is not None:
-            source = add.node("Add", [source, add.initializer("input.offset", scales.rewrite.offset)], "input.shift")
+            source = add.node(
+                "Add", [source, add.initializer("input.offset", scales.rewrite.offset)], "input.shift"
+            )
     scale = add.initializer("input.scale", np.asarray(scales.scale))
     zero = add.initializer("input.zero", np.zeros((), dtype=np.int8))
     codes = add.node("QuantizeLinear", [source, scale, zero], "input.quantize")
@@ -147,14 +151,14 @@ class _Adder:
         self.graph = graph
         self.name = name
 
-    def initializer(self, suffix: str, values: np.ndarray) -> str:
+    def initializer(self, suffix: str, values: npt.NDArray[Any]) -> str:
         from onnx import numpy_helper
 
         name = f"{self.name}.{suffix}"
         self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
         return name
 
-    def node(self, op: str, inputs: list[str], suffix: str, **attributes: int) -> str:
+    def node(self, op: str, inputs: list[str], suffix: str, **attributes: Any) -> str:
         from onnx import helper
 
         name = f"{self.name}.{suffix}"

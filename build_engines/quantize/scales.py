@@ -1,7 +1,7 @@
 """How one Linear is quantized, chosen by the error of the layer's own output on calibration rows.
 
-Activations have one scale per tensor, so outlier channels and one-sided distributions waste its codes. Two exact
-rewrites move the problem into the weights, which have a scale per output, and into the bias:
+Activations have one scale per tensor, so outlier channels and one-sided distributions waste its codes. Two
+exact rewrites move the problem into the weights, which have a scale per output, and into the bias:
 
   smoothing  x is multiplied and W divided, channel by channel, by m = max|W|^(1-alpha) / max|x|^alpha
              (SmoothQuant, Xiao et al. 2023);
@@ -17,6 +17,7 @@ The bias also absorbs the mean error that is left (bias correction, Nagel et al.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,7 @@ from build_engines.quantize.linears import FloatArray
 from build_engines.quantize.statistics import InputStatistics
 
 ALPHAS = (0.5, 0.7, 0.8, 0.9, 1.0)
-# The rewrites cost elementwise work at run time, about 1% of the layer's: less gain than this is not worth it.
+# The rewrites cost elementwise work at run time, about 1% of the layer's: a smaller gain is not worth it.
 WORTH = 0.9
 _LEAST = 1e-5
 
@@ -88,7 +89,9 @@ def search_scales(
 
 
 class _Search:
-    def __init__(self, weight: FloatArray, statistics: InputStatistics, method: str, percentile: float) -> None:
+    def __init__(
+        self, weight: FloatArray, statistics: InputStatistics, method: str, percentile: float
+    ) -> None:
         self.weight = weight
         self.statistics = statistics
         self.method = method
@@ -129,8 +132,8 @@ def _activation_scale(threshold: float) -> np.float32:
     return np.float32(_as_half(np.asarray(max(threshold, _LEAST) / 127)))
 
 
-def _as_half(values: npt.NDArray[np.floating]) -> FloatArray:
-    """Round to FP16 where FP16 holds the value as a normal number (to_fp16 keeps scales below that in float32)."""
+def _as_half(values: npt.NDArray[np.floating[Any]]) -> FloatArray:
+    """Round to FP16 where that holds the value as a normal number (to_fp16 keeps smaller ones in float32)."""
     values = np.asarray(values, dtype=np.float32)
     half = values.astype(np.float16).astype(np.float32)
     return np.where(np.abs(values) >= np.finfo(np.float16).tiny, half, values).astype(np.float32)

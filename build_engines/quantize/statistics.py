@@ -23,7 +23,7 @@ MAX_ROWS = 512
 
 @dataclass(slots=True)
 class InputStatistics:
-    """`low`, `high` [inputs]: each channel's range over all calibration tokens; `rows` [<= MAX_ROWS, inputs]."""
+    """`low`, `high` [inputs]: each channel's range over all tokens; `rows` [<= MAX_ROWS, inputs]: some."""
 
     low: FloatArray
     high: FloatArray

@@ -27,7 +27,7 @@ class Target(Protocol):
     needs_card: bool
 
     def check(self) -> None:
-        """Raise CompileError, saying what to install and where to run, if this target is not available here."""
+        """Raise CompileError, saying what to install and where to run, if the target cannot be used here."""
 
     def compile(
         self, graph: Path, out: Path, *, profile: Profile, compute_capability: str | None, progress: Progress

@@ -2,12 +2,14 @@
 
 Three rewrites, none of which changes a value beyond float rounding:
 
-1. FP16 tensors become float32 (`widen`): there are no FP16 kernels on the CPU, and ONNX Runtime would put a pair
+1. FP16 tensors become float32 (`widen`): there are no FP16 kernels on the CPU, and ONNX Runtime would put a
+pair
    of casts around every node. Every FP16 number is a float32 number, so weights keep their values.
 2. A Linear in static INT8 becomes QuantizeLinear to u8 with zero point 128 and MatMulIntegerToFloat
-   (`lower_static_linears`). u8 = s8 + 128 for every code, clamping included, so the integer product is the same;
-   the signed form would not be fused and would run in float32.
-3. INT8 weights with float activations stay DequantizeLinear + MatMul, which ONNX Runtime turns into MatMulNBits
+   (`lower_static_linears`). u8 = s8 + 128 for every code, clamping included, so the integer product is the
+   same; the signed form would not be fused and would run in float32.
+3. INT8 weights with float activations stay DequantizeLinear + MatMul, which ONNX Runtime turns into
+MatMulNBits
    when it loads the graph; that kernel quantizes activations row by row, so the gate must judge the result.
 """
 
@@ -83,7 +85,7 @@ def widen(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def lower_static_linears(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Replace [Q, DQ, DQ of the weight, MatMul, Add of the bias] by u8 QuantizeLinear and MatMulIntegerToFloat."""
+    """Replace [Q, DQ, DQ of the weight, MatMul, Add of the bias] by QuantizeLinear, MatMulIntegerToFloat."""
     result = type(model)()
     result.CopyFrom(model)
     graph = result.graph
@@ -163,5 +165,7 @@ class _Lowering:
             output = bias.output[0]
             operands.append(next(name for name in bias.input if name != node.output[0]))
         self.graph.node.append(
-            helper.make_node("MatMulIntegerToFloat", operands, [output], name=node.name, domain="com.microsoft")
+            helper.make_node(
+                "MatMulIntegerToFloat", operands, [output], name=node.name, domain="com.microsoft"
+            )
         )
