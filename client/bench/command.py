@@ -53,6 +53,7 @@ def run(summary: Path, settings: dict[str, Any]) -> None:
     endpoint = Endpoint.parse(settings["url"], "grpc")
     with Client(endpoint.url, timeout=120) as client:
         status = client.status()
+        busy = machine.busy_share()
         check_served(models, status, summary)
         context = Context(
             client=client, address=endpoint.address, plan=plan, ceilings=ceilings, pids=server_pids()
@@ -60,7 +61,7 @@ def run(summary: Path, settings: dict[str, Any]) -> None:
         with Baseline(plan.seconds) as baseline:
             measured = {model.name: measure(model, baseline, context) for model in models}
         document = {
-            "machine": machine.describe(status.version),
+            "machine": machine.describe(status.version, busy),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": shlex.join(["client", *sys.argv[1:]]),
             "seconds_per_point": plan.seconds,

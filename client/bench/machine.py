@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +21,8 @@ PACKAGES = (
 )
 
 
-def describe(server_version: str) -> dict[str, Any]:
+def describe(server_version: str, busy: float | None) -> dict[str, Any]:
+    """Facts for the document; `busy` is `busy_share` from before the run."""
     return {
         "cpu": _cpu_name(),
         "cores": cores(),
@@ -28,14 +30,33 @@ def describe(server_version: str) -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "tritonserver": server_version,
+        "busy_before": None if busy is None else round(busy, 3),
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
-        "load_average": round(os.getloadavg()[0], 2),
     }
 
 
 def cores() -> int:
     """Cores this process may use, which a container can make fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def busy_share(seconds: float = 0.5, stat: Path = Path("/proc/stat")) -> float | None:
+    """Share of all cores' time that was not idle over the next `seconds`; None where that is not known."""
+    before = _cpu_times(stat)
+    time.sleep(seconds)
+    after = _cpu_times(stat)
+    if before is None or after is None or after[1] <= before[1]:
+        return None
+    return 1 - (after[0] - before[0]) / (after[1] - before[1])
+
+
+def _cpu_times(stat: Path) -> tuple[int, int] | None:
+    """Idle and total time since the start; idle includes waiting for disks."""
+    try:
+        ticks = [int(value) for value in stat.read_text().split("\n", 1)[0].split()[1:]]
+        return ticks[3] + ticks[4], sum(ticks)
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def _cpu_name() -> str:

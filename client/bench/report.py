@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from .charts import model_row
-from .table import NAMES
+from .table import NAMES, busy_warning, is_busy
 
 STYLE = """
 :root { --ink: #1c2530; --soft: #5b6675; --line: #e3e7ed; --accent: #0b7a5b; }
@@ -46,6 +46,7 @@ def render(document: dict[str, Any]) -> str:
 <h1>onecard benchmark</h1>
 <p class="soft">Served models against Transformers in process: same texts, same machine, same run.
 {escape(document["date"])}</p>
+{f"<section><b>{busy_warning(machine)}</b></section>" if is_busy(machine) else ""}
 {models}
 <section><h2>How this was measured</h2>
 <p>Served: one text (or one query with its passages) per request over gRPC; the client shares the
@@ -150,7 +151,7 @@ def _machine(document: dict[str, Any]) -> str:
     machine = document["machine"]
     facts = {
         "machine": f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB",
-        "load before": f"{machine['load_average']}",
+        "busy before": "unknown" if machine["busy_before"] is None else f"{machine['busy_before']:.0%}",
         "system": f"{machine['system']}, Python {machine['python']}",
         "versions": ", ".join(
             f"{name} {found}"

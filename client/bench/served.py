@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -65,6 +66,9 @@ class Variant:
     def load(self, pool: Sequence[Item], plan: Plan) -> Load:
         """Every point of the plan; BenchError when requests fail or the response cache answers any."""
         payloads = Payloads(self._model, self._name, pool)
+        # A full collection over everything imported would stop the generator for tens of milliseconds.
+        gc.collect()
+        gc.freeze()
         try:
             return asyncio.run(self._load(payloads, plan))
         except BaseExceptionGroup as group:

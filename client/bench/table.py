@@ -19,6 +19,9 @@ NAMES = {
 }
 
 
+BUSY = 0.2
+
+
 def print_report(document: dict[str, Any], console: Console) -> None:
     machine = document["machine"]
     console.print(
@@ -26,11 +29,25 @@ def print_report(document: dict[str, Any], console: Console) -> None:
         f"tritonserver {machine['tritonserver']}; server, clients and baseline on this machine",
         highlight=False,
     )
+    if is_busy(machine):
+        console.print(f"[yellow]{busy_warning(machine)}[/]", highlight=False)
     for name, model in document["models"].items():
         print_model(name, model, console)
     memory = document["server_memory_mb"]
     if memory is not None:
         console.print(f"server's processes together: {memory:,.0f} MiB resident", highlight=False)
+
+
+def is_busy(machine: dict[str, Any]) -> bool:
+    """Whether something else was running when the run began."""
+    return (machine["busy_before"] or 0.0) > BUSY
+
+
+def busy_warning(machine: dict[str, Any]) -> str:
+    share = machine["busy_before"]
+    return (
+        f"The machine was {share:.0%} busy before the run: these figures are not to be compared with others."
+    )
 
 
 def print_model(name: str, model: dict[str, Any], console: Console) -> None:

@@ -270,3 +270,14 @@ def test_padding_counters_are_read_per_model_and_as_a_difference() -> None:
     assert metrics.padding_share({"tokens": 50.0, "padding": 10.0}, counters["a"]) == 0
     assert metrics.padding_share(counters["a"], counters["a"]) is None
     assert metrics.read("127.0.0.1:1") == {}
+
+
+def test_busy_share_is_read_from_the_kernels_counters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = tmp_path / "stat"
+    stat.write_text("cpu  100 0 100 700 100 0 0 0\ncpu0 1 2 3 4 5\n")
+    later = "cpu  160 0 100 720 120 0 0 0\n"
+    monkeypatch.setattr("client.bench.machine.time.sleep", lambda seconds: stat.write_text(later))
+    assert machine.busy_share(1, stat) == pytest.approx(0.6)
+    assert machine.busy_share(1, tmp_path / "absent") is None

@@ -64,7 +64,7 @@ def document() -> dict[str, Any]:
             "python": "3.11",
             "tritonserver": "2.51.0",
             "packages": {"torch": "2.13.0"},
-            "load_average": 0.1,
+            "busy_before": 0.03,
         },
         "date": "2026-01-01T00:00:00+00:00",
         "command": "client bench a&b.json",
@@ -161,3 +161,13 @@ def test_the_table_prints_every_point(capsys: pytest.CaptureFixture[str]) -> Non
     ):
         assert wanted in out
     assert json.loads(json.dumps(given)) == given
+
+
+def test_a_busy_machine_is_said_aloud(capsys: pytest.CaptureFixture[str]) -> None:
+    quiet, busy = document(), document()
+    busy["machine"]["busy_before"] = 0.71
+    for given, shown in ((quiet, False), (busy, True)):
+        given["models"] = {}
+        table.print_report(given, Console(width=140))
+        assert ("71% busy before the run" in capsys.readouterr().out) is shown
+        assert ("71% busy before the run" in render(given)) is shown
