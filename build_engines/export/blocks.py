@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -42,7 +42,7 @@ class Scope:
         """x [..., K] through the modules' weights as one Linear of `shape` (K, N)."""
         k, n = shape
         weight = self.matrix(tuple(f"{module}.weight" for module in modules), k, n)
-        return self.graph.linear(node, x, weight, self._biases(modules, n) if bias else None)
+        return self.graph.linear(node, x, weight, self.biases(modules, n) if bias else None)
 
     def norm(self, node: str, x: str, module: str, size: int) -> str:
         weight = self.vector(f"{module}.weight", size)
@@ -58,15 +58,19 @@ class Scope:
             return self.graph.node("Mul", [x, gate], node)
         return self.graph.node(operator, [x], node)
 
-    def _biases(self, modules: tuple[str, ...], n: int) -> Weight:
+    def biases(self, modules: tuple[str, ...], n: int) -> Weight:
         names = [f"{module}.bias" for module in modules]
         for name in names:
             self.checkpoint.claim(name, (n // len(names),))
         return Weight((n,), FLOAT, lambda: np.concatenate([self.checkpoint.read(name) for name in names]))
 
 
-def write_encoder(scope: Scope, *, with_token_types: bool) -> str:
-    """Everything from token ids to the last hidden state [batch, sequence, hidden]; returns its name."""
+def write_encoder(scope: Scope, *, with_token_types: bool, first_token_only: bool) -> str:
+    """Everything from token ids to the last hidden state [batch, sequence, hidden]; returns its name.
+
+    With `first_token_only` the state is that of the first token, [batch, 1, hidden]: a head that reads no
+    other token needs no query, attention output or FFN of the others in the last layer, most of its work.
+    """
     encoder, graph = scope.encoder, scope.graph
     graph.input("input_ids", ["batch", "sequence"])
     graph.input("attention_mask", ["batch", "sequence"])
@@ -79,6 +83,9 @@ def write_encoder(scope: Scope, *, with_token_types: bool) -> str:
     for layer in range(encoder.layers):
         local = encoder.rotary is not None and encoder.rotary.local_layers[layer]
         attention = _Attention(masks[local], positions, "local" if local else "global")
+        if first_token_only and layer == encoder.layers - 1:
+            row = _first(graph, masks[local], "mask.first_token", axis=2)
+            attention = replace(attention, mask=row, first=True)
         write_layer = _pre_norm_layer if encoder.rotary else _post_norm_layer
         hidden = write_layer(scope, layer, hidden, attention)
     if encoder.family.names.final_norm:
@@ -90,11 +97,15 @@ def write_encoder(scope: Scope, *, with_token_types: bool) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Attention:
-    """What attention in one layer reads beside its input: the mask, and rotary positions and tables."""
+    """What attention in one layer reads beside its input: the mask, and rotary positions and tables.
+
+    `first`: only the first token asks; the mask is then [B, 1, 1, S].
+    """
 
     mask: str
     positions: str | None
     table: str
+    first: bool = False
 
 
 def _embeddings(scope: Scope, with_token_types: bool) -> str:
@@ -207,29 +218,81 @@ def _rotary_tables(scope: Scope, kind: str, theta: float) -> None:
 
 
 def _attention(scope: Scope, layer: int, x: str, attention: _Attention) -> str:
+    """x [batch, sequence, hidden] -> its shape, or [batch, 1, hidden] where only the first token asks."""
     encoder, graph, names = scope.encoder, scope.graph, scope.encoder.family.names
-    base, hidden = f"layers.{layer}.attention", encoder.hidden
-    modules = tuple(encoder.tensor(name, layer) for name in names.qkv)
-    fused = scope.linear(f"{base}.qkv", x, modules, (hidden, 3 * hidden), encoder.attention_bias)
-    parts = [f"{base}.{part}" for part in ("query", "key", "value")]
-    q, k, v = graph.multi_node("Split", [fused], f"{base}.split", parts, axis=-1, num_outputs=3)
+    base = f"layers.{layer}.attention"
+    q, k, v = (_first_query if attention.first else _queries)(scope, layer, x)
     if attention.positions:
         tables = [f"rotary.{attention.table}.cos", f"rotary.{attention.table}.sin", attention.positions]
-        q, k = (
-            graph.node("RotaryEmbedding", [t, *tables], f"{t}.rotary", num_heads=encoder.heads)
-            for t in (q, k)
-        )
-    inputs, heads = [q, k, v, attention.mask], encoder.heads
-    context = graph.node("Attention", inputs, f"{base}.core", q_num_heads=heads, kv_num_heads=heads)
+
+        def rotate(name: str) -> str:
+            return graph.node("RotaryEmbedding", [name, *tables], f"{name}.rotary", num_heads=encoder.heads)
+
+        # The first token's position is 0, where the rotation is the identity.
+        q, k = (q if attention.first else rotate(q)), rotate(k)
+    context = graph.node(
+        "Attention",
+        [q, k, v, attention.mask],
+        f"{base}.core",
+        q_num_heads=encoder.heads,
+        kv_num_heads=encoder.heads,
+    )
     module = encoder.tensor(names.attention_output, layer)
-    return scope.linear(f"{base}.output", context, (module,), (hidden, hidden), encoder.attention_bias)
+    shape = (encoder.hidden, encoder.hidden)
+    return scope.linear(f"{base}.output", context, (module,), shape, encoder.attention_bias)
+
+
+def _queries(scope: Scope, layer: int, x: str) -> list[str]:
+    """Query, key and value of every token through one Linear."""
+    encoder, base = scope.encoder, f"layers.{layer}.attention"
+    modules = tuple(encoder.tensor(name, layer) for name in encoder.family.names.qkv)
+    shape = (encoder.hidden, 3 * encoder.hidden)
+    fused = scope.linear(f"{base}.qkv", x, modules, shape, encoder.attention_bias)
+    parts = [f"{base}.{part}" for part in ("query", "key", "value")]
+    return scope.graph.multi_node("Split", [fused], f"{base}.split", parts, axis=-1, num_outputs=3)
+
+
+def _first_query(scope: Scope, layer: int, x: str) -> list[str]:
+    """The first token's query, and key and value of every token."""
+    encoder, graph, base = scope.encoder, scope.graph, f"layers.{layer}.attention"
+    modules = tuple(encoder.tensor(name, layer) for name in encoder.family.names.qkv)
+    hidden = encoder.hidden
+    weight = scope.matrix(tuple(f"{module}.weight" for module in modules), hidden, 3 * hidden)
+    bias = scope.biases(modules, 3 * hidden) if encoder.attention_bias else None
+    first = _first(graph, x, f"{base}.first_token", axis=1)
+    linears = []
+    for node, source, part in (
+        ("first_query", first, slice(0, hidden)),
+        ("key_value", x, slice(hidden, 3 * hidden)),
+    ):
+        partial_bias = _columns(bias, part) if bias else None
+        linears.append(graph.linear(f"{base}.{node}", source, _columns(weight, part), partial_bias))
+    parts = [f"{base}.{part}" for part in ("key", "value")]
+    key_value = graph.multi_node("Split", [linears[1]], f"{base}.split", parts, axis=-1, num_outputs=2)
+    return [linears[0], *key_value]
+
+
+def _columns(weight: Weight, part: slice) -> Weight:
+    """Some of a weight's (or bias's) outputs."""
+    shape = (*weight.shape[:-1], part.stop - part.start)
+    return Weight(shape, weight.dtype, lambda: weight.load()[..., part])
+
+
+def _first(graph: GraphBuilder, x: str, node: str, axis: int) -> str:
+    """x[0:1] along `axis`."""
+    start = graph.constant("zero", np.array([0], np.int64))
+    end = graph.constant("one", np.array([1], np.int64))
+    along = graph.constant(f"axis.{axis}", np.array([axis], np.int64))
+    return graph.node("Slice", [x, start, end, along], node)
 
 
 def _post_norm_layer(scope: Scope, layer: int, x: str, attention: _Attention) -> str:
     """BERT's layer: x = norm(x + attention(x)); x = norm(x + ffn(x))."""
     encoder, graph, names = scope.encoder, scope.graph, scope.encoder.family.names
     base = f"layers.{layer}"
-    x = graph.node("Add", [_attention(scope, layer, x, attention), x], f"{base}.attention.residual")
+    attended = _attention(scope, layer, x, attention)
+    residual = _first(graph, x, f"{base}.first_token", axis=1) if attention.first else x
+    x = graph.node("Add", [attended, residual], f"{base}.attention.residual")
     x = scope.norm(f"{base}.attention.norm", x, encoder.tensor(names.attention_norm, layer), encoder.hidden)
     up = scope.linear(f"{base}.ffn.up", x, (encoder.tensor(names.up, layer),), (encoder.hidden, encoder.ffn))
     activated = scope.activation(f"{base}.ffn.act", up, encoder.activation)
@@ -249,7 +312,9 @@ def _pre_norm_layer(scope: Scope, layer: int, x: str, attention: _Attention) -> 
     normed = x
     if layer:
         normed = scope.norm(f"{base}.attention.norm", x, encoder.tensor(names.attention_norm, layer), hidden)
-    x = graph.node("Add", [_attention(scope, layer, normed, attention), x], f"{base}.attention.residual")
+    attended = _attention(scope, layer, normed, attention)
+    residual = _first(graph, x, f"{base}.first_token", axis=1) if attention.first else x
+    x = graph.node("Add", [attended, residual], f"{base}.attention.residual")
     normed = scope.norm(f"{base}.ffn.norm", x, encoder.tensor(names.ffn_norm, layer), hidden)
     module = encoder.tensor(names.up, layer)
     up = scope.linear(f"{base}.ffn.up", normed, (module,), (hidden, 2 * encoder.ffn), encoder.ffn_bias)

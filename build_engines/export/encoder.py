@@ -98,14 +98,16 @@ def export_encoder(
     encoder = read_encoder(checkpoint)
     with_token_types = task == "rerank" and encoder.token_types > 1
     scope = Scope(checkpoint, encoder, GraphBuilder(f"{encoder.family.model_type}-{task}"))
-    hidden = write_encoder(scope, with_token_types=with_token_types)
+    sentence = read_sentence(source, pooling, normalize) if task == "embed" else None
+    read = sentence.pooling if sentence else encoder.head_pooling
+    hidden = write_encoder(scope, with_token_types=with_token_types, first_token_only=read == "cls")
     labels, dimension = None, None
     if task == "classify":
         labels = write_classifier(scope, hidden)
-    elif task == "rerank":
-        write_reranker(scope, hidden)
+    elif sentence:
+        dimension = write_embedding(scope, hidden, sentence)
     else:
-        dimension = write_embedding(scope, hidden, read_sentence(source, pooling, normalize))
+        write_reranker(scope, hidden)
     _refuse_leftovers(checkpoint, encoder, task)
     out.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder, out, encoder.vocabulary)
