@@ -66,7 +66,7 @@ class Encoder:
         for group in plan_groups(lengths, max_batch=self.max_batch, overhead=self.overhead):
             width = lengths[group[-1]]
             try:
-                values = self.engine.run(self._arrays([rows[index] for index in group], width))[self._output]
+                values = self.engine.run(self.arrays([rows[index] for index in group], width))[self._output]
             except Exception as error:  # whatever the engine library raises
                 failure = EngineFailed(f"the engine failed on {len(group)} x {width} tokens: {error}")
                 for index in group:
@@ -79,7 +79,8 @@ class Encoder:
             self.padding += len(group) * width - real
         return answer
 
-    def _arrays(self, rows: Sequence[Row], width: int) -> dict[str, npt.NDArray[np.int64]]:
+    def arrays(self, rows: Sequence[Row], width: int) -> dict[str, npt.NDArray[np.int64]]:
+        """Graph inputs int64 [rows, width], padded on the right."""
         ids = np.full((len(rows), width), self._pad_id, dtype=np.int64)
         mask = np.zeros((len(rows), width), dtype=np.int64)
         for position, row in enumerate(rows):
@@ -96,7 +97,7 @@ class Encoder:
 
     def _dry_run(self, batch: int, width: int) -> None:
         row = Row([self._pad_id] * width, [0] * width, False)
-        self.engine.run(self._arrays([row] * batch, width))
+        self.engine.run(self.arrays([row] * batch, width))
 
 
 _NOT_RUN = EngineFailed("the row was not run")

@@ -70,6 +70,11 @@ class TextTokenizer:
         if max(self._single.added, self._pair.added) >= max_length:
             raise TokenizerRefused(f"{path}: no room for text in {max_length} tokens beside the special ones")
 
+    @property
+    def vocabulary(self) -> int:
+        """Ids that the tokenizer can give: 0 to this minus one."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
     def singles(self, texts: Sequence[str]) -> list[Row]:
         """One row per text: the first tokens are kept when the text is too long."""
         template = self._single
