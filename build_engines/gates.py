@@ -18,6 +18,8 @@ from build_engines.stack import Gates
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
+# One point of accuracy is one point, though 1 - 0.99 > 0.01 in floating point.
+_ROUNDING = 1e-9
 # Pairwise similarities grow with the square of the texts; this many say enough about the order.
 _MAX_PAIRWISE = 1000
 
@@ -37,7 +39,8 @@ class Check:
             return True
         if not np.isfinite(self.value):
             return False
-        return self.value >= self.limit if self.sense == "at least" else self.value <= self.limit
+        excess = self.value - self.limit if self.sense == "at most" else self.limit - self.value
+        return excess <= _ROUNDING
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +89,10 @@ def judge(
     Args:
         reference, answers: embed [texts, dimension]; classify logits [texts, labels]; rerank scores [pairs].
 
+    Answers that are not finite fail; nothing else is measured on them.
+
     Raises:
-        DataError: there is nothing to compare.
+        DataError: there is nothing to compare, or too little for one of the task's measures.
     """
     if len(reference) == 0 or reference.shape != answers.shape:
         raise DataError(
@@ -96,6 +101,10 @@ def judge(
             next_step="name evaluation data in the stack file: [models.<name>] evaluation = ...",
         )
     reference, answers = reference.astype(np.float64), answers.astype(np.float64)
+    samples = len(truth.groups) if task == "rerank" else len(reference)
+    finite = np.isfinite(answers).reshape(len(answers), -1).all(axis=1)
+    if not finite.all():
+        return GateReport((Check("share of finite answers", float(finite.mean()), 1.0, "at least"),), samples)
     if task == "embed":
         checks = _embedding_checks(reference, answers, gates)
     elif task == "classify":
@@ -104,19 +113,17 @@ def judge(
         checks = _reranker_checks(reference, answers, gates, truth)
     if precision in {"fp16", "fp32"}:
         checks.append(_half_check(task, reference, answers, gates))
-    return GateReport(tuple(checks), len(truth.groups) if task == "rerank" else len(reference))
+    return GateReport(tuple(checks), samples)
 
 
 def _embedding_checks(reference: FloatArray, answers: FloatArray, gates: Gates) -> list[Check]:
     cosines = row_cosines(reference, answers)
-    checks = [
+    rank = _order(_pairwise(reference), _pairwise(answers), "embeddings of at least three different texts")
+    return [
         Check("mean cosine", float(cosines.mean()), gates.min_mean_cosine, "at least"),
         Check("minimum cosine", float(cosines.min()), gates.min_cosine, "at least"),
+        Check("Spearman of pairwise similarities", rank, gates.min_spearman, "at least"),
     ]
-    if len(reference) > 2:
-        rank = spearman(_pairwise(reference), _pairwise(answers))
-        checks.append(Check("Spearman of pairwise similarities", rank, gates.min_spearman, "at least"))
-    return checks
 
 
 def _classifier_checks(reference: FloatArray, answers: FloatArray, gates: Gates, truth: Truth) -> list[Check]:
@@ -133,7 +140,8 @@ def _classifier_checks(reference: FloatArray, answers: FloatArray, gates: Gates,
 def _reranker_checks(reference: FloatArray, answers: FloatArray, gates: Gates, truth: Truth) -> list[Check]:
     if not truth.groups or truth.relevance is None:
         raise DataError("the reranker's gates need groups of passages with their relevance")
-    checks = [Check("Spearman of scores", spearman(reference, answers), gates.min_spearman, "at least")]
+    rank = _order(reference, answers, "the scores of at least two different pairs")
+    checks = [Check("Spearman of scores", rank, gates.min_spearman, "at least")]
     before = _mean_ndcg(reference, truth)
     after = _mean_ndcg(answers, truth)
     checks.append(Check("nDCG@10", after, None, "at least"))
@@ -155,6 +163,17 @@ def row_cosines(first: FloatArray, second: FloatArray) -> FloatArray:
     lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
     products: FloatArray = (first * second).sum(axis=1) / np.where(lengths > 0, lengths, 1)
     return products
+
+
+def _order(reference: FloatArray, answers: FloatArray, needed: str) -> float:
+    """Spearman's rank correlation; 0 where the answers have no order at all."""
+    if len(reference) < 2 or np.ptp(reference) == 0:
+        raise DataError(
+            f"the gates need {needed} to compare their order",
+            cause="the evaluation data is too small, or its texts are all the same",
+            next_step="name more evaluation data in the stack file: [models.<name>] evaluation = ...",
+        )
+    return spearman(reference, answers) if np.ptp(answers) > 0 else 0.0
 
 
 def _pairwise(vectors: FloatArray) -> FloatArray:
