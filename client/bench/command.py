@@ -123,6 +123,7 @@ def server_pids() -> list[int]:
 
 def measure(model: BenchModel, baseline: Baseline, context: Context) -> dict[str, Any]:
     """One model: baseline first, then each served variant, minutes apart at most."""
+    model = replace(model, items=tuple(choose_pool(model.items, context.plan.evaluated)))
     _say(f"{model.name}: FP32 answers on {len(model.items)} evaluation items")
     answers = baseline.answers(model)
     items, answers = fitting(model, answers)
@@ -190,6 +191,7 @@ def text_figures(answers: Answers, pool: Sequence[Item]) -> dict[str, Any]:
     tokens = answers.tokens
     return {
         "pool": len(pool),
+        "evaluated": len(tokens),
         "tokens_mean": round(float(tokens.mean()), 1),
         "tokens_p50": int(np.percentile(tokens, 50)),
         "tokens_max": int(tokens.max()),

@@ -69,7 +69,7 @@ def _model(name: str, model: dict[str, Any]) -> str:
 <p class="soft">{texts["pool"]} requests in the pool, {texts["tokens_mean"]:g} tokens per
 {escape(model["unit"][:-1])} on average, at most {texts["tokens_max"]}. In batches of 32, padding is
 {texts["padding_unsorted"]:.0%} of the work as the texts come and {texts["padding_sorted"]:.0%} when sorted by
-length.</p>
+length. Accuracy is of {texts["evaluated"]:,} answers.</p>
 <div class="tiles">{_tiles(model)}</div>
 {model_row(model)}
 {_rates(model)}

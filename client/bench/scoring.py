@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,4 +63,8 @@ def padding(tokens: Sequence[int], batch: int) -> float:
 
 
 def _rounded(**values: float | None) -> dict[str, Any]:
-    return {name: None if value is None else round(value, 5) for name, value in values.items()}
+    """NaN, which JSON does not have, becomes None as what is not known does."""
+    return {
+        name: None if value is None or math.isnan(value) else round(value, 5)
+        for name, value in values.items()
+    }

@@ -28,12 +28,13 @@ class Plan:
     seconds: float
     warm_up: float
     minimum: int
-    pool: int
+    pool: int  # texts or passages that the load repeats
+    evaluated: int  # texts or passages whose answers are judged, at most
     rates: tuple[float, ...]  # per cent of the closed-loop peak
 
 
-QUICK = Plan(seconds=1.2, warm_up=0.25, minimum=50, pool=256, rates=(50, 80))
-FULL = Plan(seconds=5.0, warm_up=1.0, minimum=200, pool=512, rates=(50, 80))
+QUICK = Plan(seconds=1.2, warm_up=0.25, minimum=50, pool=256, evaluated=1000, rates=(50, 80))
+FULL = Plan(seconds=5.0, warm_up=1.0, minimum=200, pool=512, evaluated=5000, rates=(50, 80))
 
 
 @dataclass(frozen=True, slots=True)

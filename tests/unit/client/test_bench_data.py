@@ -205,6 +205,10 @@ def test_spearman_against_known_values() -> None:
     assert math.isnan(accuracy.spearman([1, 1], [1, 2]))
 
 
+def vectors_of(*scores: float) -> Answers:
+    return Answers(np.array(scores), np.array([3] * len(scores)), ())
+
+
 def test_scores_of_each_task() -> None:
     reference = Answers(np.array([1, 0]), np.array([3, 3]), ("negative", "positive"))
     items = [Item("a", "positive"), Item("b", "positive")]
@@ -216,6 +220,10 @@ def test_scores_of_each_task() -> None:
     vectors = Answers(np.array([[1.0, 0.0], [0.0, 2.0]]), np.array([3, 3]), ())
     figures = scoring.score(bench_model("embed"), items, vectors, [[1.0, 0.0], [1.0, 1.0]])
     assert figures == {"mean_cosine": pytest.approx(0.85355, abs=1e-5), "min_cosine": pytest.approx(0.70711)}
+    constant = scoring.score(
+        bench_model("rerank"), [Item("q", None, ("a", "b"), (0.0, 1.0))], vectors_of(0.5, 0.5), [0.1, 0.2]
+    )
+    assert constant["spearman"] is None  # undefined, and JSON has no NaN
     groups = [Item("q", None, ("a", "b"), (0.0, 1.0))]
     scores = Answers(np.array([0.1, 0.9]), np.array([3, 3]), ())
     assert scoring.score(bench_model("rerank"), groups, scores, [0.2, 0.3]) == {

@@ -32,6 +32,7 @@ def document() -> dict[str, Any]:
         "units_per_request": 2.0,
         "texts": {
             "pool": 3,
+            "evaluated": 3,
             "tokens_mean": 40.0,
             "tokens_p50": 30,
             "tokens_max": 90,
