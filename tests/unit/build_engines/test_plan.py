@@ -84,13 +84,13 @@ def test_int8_halves_the_layers_matrices_and_adds_their_scales() -> None:
 
 
 def test_activations_grow_with_batch_length_and_width() -> None:
-    base = activation_bytes(_shape(), "classify", "fp16", 64, 256)
+    base = activation_bytes(_shape(), "fp16", 64, 256)
     # Eight tensors of 64 x 256 x 768 at two bytes, and the mask.
     assert base == 8 * 64 * 256 * 768 * 2 + 2 * 64 * 256 * 256 + 65536
-    assert activation_bytes(_shape(), "classify", "fp16", 32, 256) < base
-    assert activation_bytes(_shape(), "classify", "fp16", 64, 128) < base
-    assert activation_bytes(_shape(ffn=6144), "classify", "fp16", 64, 256) > base
-    assert activation_bytes(_shape(layers=24), "classify", "fp16", 64, 256) == base
+    assert activation_bytes(_shape(), "fp16", 32, 256) < base
+    assert activation_bytes(_shape(), "fp16", 64, 128) < base
+    assert activation_bytes(_shape(ffn=6144), "fp16", 64, 256) > base
+    assert activation_bytes(_shape(layers=24), "fp16", 64, 256) == base
 
 
 def test_the_profile_spans_one_token_to_the_models_limits() -> None:

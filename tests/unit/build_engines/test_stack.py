@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from build_engines import stack as stack_module
 from build_engines import stack_fields
 from build_engines.errors import StackError
 from build_engines.stack import load_stack
@@ -132,8 +134,10 @@ def test_the_files_in_the_repository_load() -> None:
     for path in (REPOSITORY / "stacks").glob("*.toml"):
         stack = load_stack(path)
         assert stack.name == path.stem
-        assert {model.task for model in stack.models.values()} == {"classify", "embed", "rerank"}
         assert all(model.evaluation and model.calibration.data for model in stack.models.values())
+    for name in ("demo", "korean-reviews"):
+        models = load_stack(REPOSITORY / "stacks" / f"{name}.toml").models
+        assert [model.task for model in models.values()] == ["classify", "embed", "rerank"]
 
 
 def test_the_name_is_the_files_by_default(tmp_path: Path) -> None:
@@ -314,3 +318,18 @@ def _load_or_refuse(path: Path) -> None:
     """StackError passes; anything else is what the two tests above look for."""
     with contextlib.suppress(StackError):
         load_stack(path)
+
+
+def test_the_reference_names_every_key() -> None:
+    reference = (REPOSITORY / "docs" / "stack-file.md").read_text(encoding="utf-8")
+    keys: set[str] = (
+        set(stack_module._STACK_KEYS) | set(stack_module._MODEL_KEYS) | set(stack_module._CALIBRATION_KEYS)
+    )
+    keys |= (
+        set(stack_module._QUEUE_KEYS) | set(stack_module._SHAPE_KEYS) | set(stack_module._CUSTOM_CARD_KEYS)
+    )
+    keys |= {key for gates in stack_module.DEFAULT_GATES.values() for key in gates}
+    sections = {"shape", "gates", "queue", "calibration"}
+    missing = {key for key in keys - sections if key not in re.findall(r"\w+", reference)}
+    assert not missing
+    assert all(f"[models.<name>.{section}]" in reference for section in sections)
