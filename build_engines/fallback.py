@@ -49,7 +49,7 @@ class Outcome:
             for name, error in _most_sensitive_first(self.sensitivity)
             if self.modes[name] != self.start
         ]
-        steps = [{"layers_returned": steps, **report.as_dict()} for steps, report in self.tried]
+        steps = [{"steps_back": steps, **report.as_dict()} for steps, report in self.tried]
         return {"returned": returned, "steps": steps}
 
 
