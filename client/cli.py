@@ -165,13 +165,15 @@ def status(as_json: bool, **server: Any) -> None:
 def bench(summary: Path, **settings: Any) -> None:
     """Measure the served models against Transformers in process, on the same texts, in the same run.
 
-    STACK_JSON is the summary that `triton-repo write` leaves beside the repository. The last line on standard
-    output is one JSON object, the same as bench.json.
+    STACK_JSON is the summary that `triton-repo write` leaves beside the repository; a command that
+    `triton-repo serve` runs may leave it out. The last line on standard output is one JSON object, the same
+    as bench.json.
 
     \b
     Examples:
       client bench build/demo/stack.json --quick
       client bench build/demo/stack.json --model embedder --output build/demo
+      triton-repo serve stacks/demo.toml --free-ports -- client bench --quick
     """
     # Imported here: `query` and `status` need nothing of it.
     from .bench.command import run
