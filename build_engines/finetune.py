@@ -14,11 +14,18 @@ from calibration.samples import RankingGroup, load_groups, load_texts
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LABELS", "TASKS", "Classification", "Recipe", "Reranking", "fine_tune", "reproducible"]
+__all__ = [
+    "LABELS",
+    "TASKS",
+    "Classification",
+    "Recipe",
+    "Reranking",
+    "fine_tune",
+    "reproducible",
+    "use_own_core",
+]
 
 LABELS = ("negative", "positive")
-# Fixed, because the number of threads decides the order of floating-point sums.
-_THREADS = 2
 _SERVED_LENGTH = 256
 # Parts of the network that start from less than the encoder does may move faster.
 _FASTER = {"classifier.": 10.0, "pooler.": 3.0, "word_embeddings.": 4.0}
@@ -207,16 +214,23 @@ def _has_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def use_own_core() -> None:
+    """Make this thread compute by itself; PyTorch holds the number of threads for each calling thread."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @contextmanager
-def reproducible(seed: int) -> Iterator[None]:
+def reproducible() -> Iterator[None]:
+    """Deterministic algorithms on one thread, which fixes the order of every floating-point sum."""
     import torch
 
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    torch.set_num_threads(_THREADS)
+    torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
             yield
     finally:
         torch.set_num_threads(threads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import time
 import unicodedata
 from pathlib import Path
 
@@ -90,6 +91,22 @@ def test_korean_pieces_shorten_korean_and_leave_english_alone(models: Path) -> N
 
 
 @needs_weights
+def test_korean_pieces_are_distinct_and_related_ones_close(models: Path) -> None:
+    import safetensors.numpy
+
+    weights = safetensors.numpy.load_file(models / "reranker" / "model.safetensors")
+    pieces = (models / "reranker" / "vocab.txt").read_text(encoding="utf-8").split("\n")
+
+    def similarity(first: str, second: str) -> float:
+        table = weights["bert.embeddings.word_embeddings.weight"]
+        a, b = (table[pieces.index(unicodedata.normalize("NFD", piece))] for piece in (first, second))
+        return float(a @ b / (a @ a * (b @ b)) ** 0.5)
+
+    assert similarity("친절", "불친") > similarity("친절", "주차") + 0.2
+    assert similarity("배송", "주차") < 0.6
+
+
+@needs_weights
 def test_a_second_run_gives_the_same_files(models: Path, tmp_path: Path) -> None:
     demo.write_demo_models(tmp_path, max_steps=2)
     assert digests(tmp_path) == digests(models)
@@ -114,9 +131,26 @@ def test_current_models_are_kept_and_others_replaced(models: Path, monkeypatch: 
 def test_a_model_below_its_minimum_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetune, "fine_tune", lambda *_: None)
     monkeypatch.setattr(finetune.Classification, "quality", lambda *_: {"accuracy": 0.5})
-    with pytest.raises(GateError, match=r"accuracy 0\.500, and at least 0\.93"):
+    monkeypatch.setattr(finetune.Reranking, "quality", lambda *_: {"ndcg_at_10": 0.5})
+    with pytest.raises(GateError, match=r"(accuracy|ndcg_at_10) 0\.500, and at least 0\.9"):
         demo.write_demo_models(tmp_path)
     assert visible(tmp_path) == ["embedder"]
+
+
+def test_the_first_error_stops_the_other_models() -> None:
+    def fails(_say: demo.Progress) -> None:
+        raise DataError("no data")
+
+    steps: list[float] = []
+
+    def endless(say: demo.Progress) -> None:
+        for step in range(10_000):
+            say("other", float(step))
+            time.sleep(0.001)
+
+    with pytest.raises(DataError, match="no data"):
+        demo._run_together([endless, fails], lambda _model, fraction: steps.append(fraction))
+    assert len(steps) < 10_000
 
 
 def test_without_the_wheel_the_error_says_what_to_install(
