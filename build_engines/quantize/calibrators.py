@@ -53,7 +53,8 @@ def _divergence(counts: npt.NDArray[np.float64], cut: int) -> float:
     reference[-1] += counts[cut:].sum()
     source = counts[:cut]
     level = np.minimum(np.arange(cut) * _LEVELS // cut, _LEVELS - 1)
-    occupied = source > 0
+    # By the clipped histogram, not by `source`: its last bin holds what was clipped even where it was empty.
+    occupied = reference > 0
     sums = np.bincount(level, weights=source, minlength=_LEVELS)
     sizes = np.bincount(level, weights=occupied.astype(np.float64), minlength=_LEVELS)
     quantized = np.where(occupied, (sums / np.maximum(sizes, 1))[level], 0.0)

@@ -155,7 +155,7 @@ class _Adder:
         from onnx import numpy_helper
 
         name = f"{self.name}.{suffix}"
-        self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
+        self.graph.initializer.append(numpy_helper.from_array(np.asarray(values, order="C"), name))
         return name
 
     def node(self, op: str, inputs: list[str], suffix: str, **attributes: Any) -> str:

@@ -67,7 +67,9 @@ class StaticScales:
 
 def quantize_weight(weight: FloatArray) -> QuantizedWeight:
     """Symmetric, per output channel, in [-127, 127]; scales are FP16 numbers so that no cast changes them."""
-    scale = _as_half(np.maximum(np.abs(weight).max(axis=0), _LEAST) / 127)
+    largest = np.abs(weight).max(axis=0)
+    # A dead channel's scale is free; one below FP16's range would keep all of the weight's scales in float32.
+    scale = _as_half(np.where(largest > _LEAST, largest, 127) / 127)
     return QuantizedWeight(np.clip(np.rint(weight / scale), -127, 127).astype(np.int8), scale)
 
 

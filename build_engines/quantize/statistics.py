@@ -38,7 +38,8 @@ def collect_statistics(
 ) -> dict[str, InputStatistics]:
     """Run the FP32 graph over `batches` (graph inputs, right padded) and watch every Linear's input.
 
-    Padding tokens are left out: they never reach an answer, and their activations would widen the ranges.
+    Padding tokens are left out: they never reach an answer, and their activations would widen the ranges. In
+    a layer that computes the first token alone, an input is [batch, 1, inputs] and every row counts.
 
     Raises:
         QuantizeError: no batch, or an activation that is not finite.
@@ -52,31 +53,37 @@ def collect_statistics(
             cause="the calibration data holds no token",
             next_step="name texts of your own domain under [models.<name>.calibration] data",
         )
-    generator = np.random.default_rng(0)
+    shares = {True: _Share(total), False: _Share(sum(len(batch["attention_mask"]) for batch in batches))}
     low: dict[str, FloatArray] = {}
     high: dict[str, FloatArray] = {}
     samples: dict[str, list[FloatArray]] = {tensor: [] for tensor in tensors}
     for batch in batches:
         real = batch["attention_mask"].astype(bool)
-        kept = _share(real, total, generator)
+        kept = {True: shares[True].take(int(real.sum())), False: shares[False].take(len(real))}
         for tensor, value in zip(tensors, session.run(tensors, dict(batch)), strict=True):
-            tokens = value[real]
+            every_token = value.shape[1] == real.shape[1]
+            tokens = value[real] if every_token else value[:, 0]
             least, most = tokens.min(axis=0), tokens.max(axis=0)
             if not (np.isfinite(least).all() and np.isfinite(most).all()):
                 raise QuantizeError(f"{tensor} is not finite on the calibration texts, so it has no range")
             low[tensor] = np.minimum(low.get(tensor, least), least)
             high[tensor] = np.maximum(high.get(tensor, most), most)
-            samples[tensor].append(tokens[kept])
+            samples[tensor].append(tokens[kept[every_token]])
         on_batch()
     gathered = {tensor: np.concatenate(parts)[:MAX_ROWS] for tensor, parts in samples.items()}
     return {x.name: InputStatistics(low[x.source], high[x.source], gathered[x.source]) for x in linears}
 
 
-def _share(real: npt.NDArray[np.bool_], total: int, generator: np.random.Generator) -> npt.NDArray[np.int64]:
-    """This batch's part of the MAX_ROWS sampled tokens, by its share of all tokens."""
-    tokens = int(real.sum())
-    count = min(tokens, -(-MAX_ROWS * tokens // total))
-    return np.sort(generator.permutation(tokens)[:count])
+class _Share:
+    """Picks each batch's part of the MAX_ROWS sampled rows, by its share of all `total` rows."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.generator = np.random.default_rng(0)
+
+    def take(self, rows: int) -> npt.NDArray[np.int64]:
+        count = min(rows, -(-MAX_ROWS * rows // self.total))
+        return np.sort(self.generator.permutation(rows)[:count])
 
 
 def _watching_session(model: onnx.ModelProto, tensors: Iterable[str]) -> Any:

@@ -27,7 +27,7 @@ def layers(count: int) -> list[Linear]:
 
 
 class Judge:
-    """Passes exactly when every layer in `needs` has at least the level asked for; counts what it is asked."""
+    """Passes exactly when every layer in `needs` has at least the level asked for; counts."""
 
     def __init__(self, needs: dict[str, int]) -> None:
         self.needs = needs
