@@ -103,7 +103,7 @@ def codes_of(lowered: Model, linear: str, arrays: dict[str, Any]) -> np.ndarray:
 
 @pytest.mark.parametrize("mode", ["int8", "float"])
 def test_the_half_precision_graph_keeps_its_values(export: Any, mode: str) -> None:
-    """What TensorRT compiles and what the CPU serves: the same FP16 weights and scales, computed in float32."""
+    """What TensorRT compiles and what the CPU serves: the same FP16 weights and scales, run in float32."""
     typed = to_fp16(assembled(quantizer_of(export, "embed", "bert"), mode))
     wide = widen(typed)
     halves = {t.name: t for t in typed.graph.initializer if t.data_type == TensorProto.FLOAT16}
