@@ -32,6 +32,7 @@ _CODE_MODERNBERT: Final[dict[str, tuple[int, int]]] = {
 _WORKSPACE: Final = 10 << 20
 _FEW_TOKENS: Final = 512
 _SMALL: Final = 64 << 10
+_SMALL_QUANTIZED: Final = 12 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +122,7 @@ def activation_bytes(shape: ModelShape, precision: Precision, batch: int, sequen
     peak = max(ffn * hidden + 6 * square, 7 * hidden + _WORKSPACE + widened)
     # Boolean masks, and beside each the copy that its kernel reads; local layers have a mask of their own.
     masks = (4 if modern else 2) * batch * sequence * sequence
-    return int(peak) + masks + _SMALL
+    return int(peak) + masks + (_SMALL_QUANTIZED if square else _SMALL)
 
 
 def _ffn_tensors(precision: Precision, width: float, *, gated: bool) -> float:
@@ -131,7 +132,7 @@ def _ffn_tensors(precision: Precision, width: float, *, gated: bool) -> float:
     activations back, and one such layer is enough for the larger peak.
     """
     if precision in _QUANTIZED:
-        return 3.5 + 3.1 * width if gated else max(3 + 2 * width, 6 + width)
+        return 4.5 + 3.1 * width if gated else max(3 + 2 * width, 6 + width)
     return 4.5 + 3 * width if gated else 4 + width
 
 
