@@ -73,7 +73,8 @@ class TextTokenizer:
     @property
     def vocabulary(self) -> int:
         """Ids that the tokenizer can give: 0 to this minus one."""
-        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        ids: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        return max(ids.values()) + 1
 
     def singles(self, texts: Sequence[str]) -> list[Row]:
         """One row per text: the first tokens are kept when the text is too long."""
