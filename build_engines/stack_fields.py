@@ -7,7 +7,6 @@ TOML holds (dates, mixed arrays, NaN, integers of thousands of digits).
 from __future__ import annotations
 
 import difflib
-import math
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -178,7 +177,7 @@ class Table:
     def number(self, key: str, low: float, high: float, default: float | _Required = REQUIRED) -> float:
         value = self._get(key, default)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or math.isnan(value) or not low <= value <= high:
+        if not is_number or not low <= value <= high:  # NaN is in no range
             raise self.bad(key, f"is {show(value)}", allowed=f"a number from {low:g} to {high:g}")
         return float(value)
 
