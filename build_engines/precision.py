@@ -11,13 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from build_engines.errors import GateError
-from build_engines.export import to_fp16
+from build_engines.export import half_tensors, to_fp16
 from build_engines.fallback import Modes, find_passing_modes
 from build_engines.gates import GateReport, judge
 from build_engines.graphs import open_session, read_graph, save_graph
 from build_engines.quantize import Quantizer
+from build_engines.quantize.quantizer import Mode
 from build_engines.stack import Model
-from build_engines.targets.onnxruntime import lower
+from build_engines.targets.onnxruntime import lower, rounded, widen
 from build_engines.verify import TextSet, answers, graph_encoder, token_batches
 from triton_repo.runtime.tokenization import Row, TextTokenizer
 
@@ -29,6 +30,8 @@ Progress = Callable[[str, int, int], None]
 
 # Rows whose answers tell how much a layer suffers; the order of layers needs no more.
 _SENSITIVITY_ROWS = 48
+# Stands for an error that is not finite: those layers go first, and JSON has no infinity.
+_OVERFLOW = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,8 @@ def build_precision(
         return _Int8(model, precision, material, progress).write(out)
     typed = model if precision == "fp32" else to_fp16(model)
     progress("gate", 0, 2)
-    encoder = graph_encoder(open_session(typed), material.serving, material.tokenizer)
+    judged = model if precision == "fp32" else rounded(widen(typed), half_tensors(typed))
+    encoder = graph_encoder(open_session(judged), material.serving, material.tokenizer)
     if precision == "fp16":
         _check_finite(answers(encoder, material.calibration().rows(material.tokenizer)))
     progress("gate", 1, 2)
@@ -96,6 +100,7 @@ class _Int8:
     ) -> None:
         self.model = model
         self.precision = precision
+        self.mode: Mode = "int8" if precision == "int8" else "int8-weights"
         self.material = material
         self.progress = progress
         self.quantizer = Quantizer(model)
@@ -104,8 +109,7 @@ class _Int8:
 
     def write(self, out: Path) -> dict[str, Any]:
         self._calibrate()
-        start = "int8" if self.precision == "int8" else "int8-weights"
-        outcome = find_passing_modes(self.quantizer.linears, start, self._judge, self._sensitivity)  # type: ignore[arg-type]
+        outcome = find_passing_modes(self.quantizer.linears, self.mode, self._judge, self._sensitivity)
         save_graph(self._typed(outcome.modes), out)
         scales = {
             name: {"alpha": found.alpha, "shifted": _is_shifted(found), "error": found.error}
@@ -137,8 +141,7 @@ class _Int8:
         return answers(graph_encoder(session, self.material.serving, self.material.tokenizer), rows)
 
     def _judge(self, modes: Modes) -> GateReport:
-        start = "int8" if self.precision == "int8" else "int8-weights"
-        returned = sum(mode != start for mode in modes.values())
+        returned = sum(mode != self.mode for mode in modes.values())
         self.progress(f"gate, {returned} layers returned" if returned else "gate", 0, 1)
         report = self.material.judge(self.precision, self._answers(modes, self.rows))
         self.progress("gate", 1, 1)
@@ -151,12 +154,12 @@ class _Int8:
         names = [linear.name for linear in self.quantizer.linears]
         nothing: Modes = dict.fromkeys(names, "float")
         exact = self._answers(nothing, rows)
-        mode = "int8" if self.precision == "int8" else "int8-weights"
         errors = {}
         for index, name in enumerate(names):
             self.progress("sensitivity", index, len(names))
-            found = self._answers({**nothing, name: mode}, rows)  # type: ignore[dict-item]
-            errors[name] = float(np.square(found - exact).sum() / max(np.square(exact).sum(), 1e-12))
+            found = self._answers({**nothing, name: self.mode}, rows)
+            error = float(np.square(found - exact).sum() / max(np.square(exact).sum(), 1e-12))
+            errors[name] = error if np.isfinite(error) else _OVERFLOW
         return errors
 
 

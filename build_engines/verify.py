@@ -17,7 +17,7 @@ import numpy.typing as npt
 from build_engines.errors import DataError, QuantizeError
 from build_engines.gates import Truth
 from build_engines.stack import DataRef, Model
-from calibration.samples import load_groups, load_texts
+from calibration.samples import data_file, load_groups, load_texts
 from triton_repo.runtime.encode import ANSWER_OUTPUT, Encoder
 from triton_repo.runtime.tokenization import Row, TextTokenizer
 
@@ -57,13 +57,26 @@ def load_evaluation(model: Model, labels: Sequence[str] | None) -> TextSet:
         )
     reference = _reference(model.evaluation)
     if model.task == "rerank":
-        return _ranking(reference)
+        ranking = _ranking(reference)
+        _require(sum(len(passages) for _, passages in ranking.groups), 2, "pairs", reference)
+        return ranking
     if model.task == "embed":
-        return _texts(model, [review.text for review in load_texts(reference)])
+        texts = [review.text for review in load_texts(reference)]
+        _require(len(texts), 3, "texts", reference)
+        return _texts(model, texts)
     assert labels is not None
     reviews = load_texts(reference, labels=labels)
     indices = np.array([labels.index(str(review.label)) for review in reviews], dtype=np.int64)
     return _texts(model, [review.text for review in reviews], Truth(labels=indices))
+
+
+def _require(found: int, least: int, what: str, reference: str | Path) -> None:
+    """Known before the work begins: the gates compare an order, and fewer have none."""
+    if found < least:
+        raise DataError(
+            f"{data_file(reference)}: {found} {what}, and the accuracy gates need at least {least}",
+            next_step="add more lines to that file",
+        )
 
 
 def load_calibration(model: Model) -> TextSet:

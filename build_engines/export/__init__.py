@@ -5,6 +5,6 @@ names that other stages rely on are listed in `build_engines.export.encoder`.
 """
 
 from build_engines.export.encoder import ExportedGraph, export_encoder
-from build_engines.export.half import to_fp16, to_fp16_file
+from build_engines.export.half import half_tensors, to_fp16, to_fp16_file
 
-__all__ = ["ExportedGraph", "export_encoder", "to_fp16", "to_fp16_file"]
+__all__ = ["ExportedGraph", "export_encoder", "half_tensors", "to_fp16", "to_fp16_file"]

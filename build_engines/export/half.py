@@ -44,6 +44,12 @@ def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     return _Halver(model).run()
 
 
+def half_tensors(model: onnx.ModelProto) -> set[str]:
+    """The tensors that the nodes of a typed graph compute in FP16."""
+    types = _Halver(model).types
+    return {name for node in model.graph.node for name in node.output if types.get(name) == FLOAT16}
+
+
 class _Halver:
     """One conversion: `types` holds the FP32 graph's element types, `now` those of the new graph."""
 

@@ -15,6 +15,7 @@ MatMulNBits
 
 from __future__ import annotations
 
+from collections.abc import Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _FLOAT, _FLOAT16 = 1, 10  # TensorProto.DataType
 _ZERO_POINT = 128
+_MOVES_ONLY = ("Split", "Slice", "Gather", "Reshape", "Transpose", "Squeeze", "Unsqueeze")
 
 
 class OnnxRuntimeTarget:
@@ -81,6 +83,35 @@ def widen(model: onnx.ModelProto) -> onnx.ModelProto:
                 values = numpy_helper.to_array(attribute.t).astype(np.float32)
                 attribute.t.CopyFrom(numpy_helper.from_array(values))
     del result.graph.value_info[:]
+    return result
+
+
+def rounded(model: onnx.ModelProto, tensors: Set[str]) -> onnx.ModelProto:
+    """A float32 graph that rounds each of `tensors` to FP16, overflow to infinity included.
+
+    This is how a CPU shows what FP16 hardware would answer. An FP16 graph shows nothing: ONNX Runtime runs
+    its nodes in float32 and removes the casts between them. Explicit casts it keeps.
+    """
+    from onnx import helper
+
+    result = type(model)()
+    result.CopyFrom(model)
+    nodes = list(result.graph.node)
+    del result.graph.node[:]
+    for node in nodes:
+        names = [name for name in node.output if name in tensors and node.op_type not in _MOVES_ONLY]
+        for index, name in enumerate(node.output):
+            if name in names:
+                node.output[index] = f"{name}.exact"
+        result.graph.node.append(node)
+        for name in names:
+            for source, target, kind in (
+                (f"{name}.exact", f"{name}.half", _FLOAT16),
+                (f"{name}.half", name, _FLOAT),
+            ):
+                result.graph.node.append(
+                    helper.make_node("Cast", [source], [target], name=f"{target}.round", to=kind)
+                )
     return result
 
 

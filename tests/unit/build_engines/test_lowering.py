@@ -12,10 +12,16 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tiny_models import batch
 
-from build_engines.export import to_fp16
+from build_engines.export import half_tensors, to_fp16
 from build_engines.graphs import read_graph
 from build_engines.quantize import Quantizer
-from build_engines.targets.onnxruntime import OnnxRuntimeTarget, lower, lower_static_linears, widen
+from build_engines.targets.onnxruntime import (
+    OnnxRuntimeTarget,
+    lower,
+    lower_static_linears,
+    rounded,
+    widen,
+)
 from triton_repo.runtime.session import _SLOW_FUSIONS, onnx_session
 
 Model = onnx.ModelProto
@@ -115,6 +121,48 @@ def test_the_half_precision_graph_keeps_its_values(export: Any, mode: str) -> No
             np.testing.assert_array_equal(numpy_helper.to_array(tensor), expected)
     onnx.checker.check_model(wide, full_check=True)
     assert_same(wide, lower(typed), token_types=False)
+
+
+def linear_pair(first: float, second: float) -> Model:
+    """x [1, 4] through two FP16 MatMuls by constants."""
+    nodes = [
+        helper.make_node("Cast", ["x"], ["x.fp16"], name="in", to=TensorProto.FLOAT16),
+        helper.make_node("MatMul", ["x.fp16", "a"], ["middle"], name="first"),
+        helper.make_node("MatMul", ["middle", "b"], ["product"], name="second"),
+        helper.make_node("Cast", ["product"], ["y"], name="out", to=TensorProto.FLOAT),
+    ]
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4]) for name in ("x", "y")]
+    weights = [
+        numpy_helper.from_array(np.full((4, 4), number, np.float16), name)
+        for name, number in (("a", first), ("b", second))
+    ]
+    graph = helper.make_graph(nodes, "pair", value[:1], value[1:], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+
+
+@pytest.mark.parametrize("value", [100.0, 0.1, 1e-4])
+def test_rounding_shows_what_half_precision_would_answer(value: float) -> None:
+    """120000 in the middle is infinity in FP16; given the FP16 graph, ONNX Runtime would not notice."""
+    typed = linear_pair(300, 0.001)
+    assert half_tensors(typed) == {"x.fp16", "middle", "product"}
+    x = np.full((1, 4), value, np.float32)
+    with np.errstate(over="ignore"):
+        half = (np.float32(np.float16(value)) * 4 * 300).astype(np.float16)
+        half = (half.astype(np.float32) * 4 * np.float32(np.float16(0.001))).astype(np.float16)
+    found = outputs(rounded(widen(typed), half_tensors(typed)), {"x": x}, optimize=True)[0]
+    np.testing.assert_array_equal(found, np.full((1, 4), half, np.float32))
+    assert np.isinf(found).all() == (value == 100)
+
+
+def test_rounding_a_whole_graph_stays_close(export: Any) -> None:
+    typed = to_fp16(read_graph(export("embed").path))
+    model = rounded(widen(typed), half_tensors(typed))
+    onnx.checker.check_model(model, full_check=True)
+    arrays = batch((4, 20), 0, False)
+    expected = outputs(read_graph(export("embed").path), arrays, optimize=True)[0]
+    found = outputs(model, arrays, optimize=True)[0]
+    error = np.abs(found - expected).max()
+    assert 1e-6 < error < 3e-3  # rounding happened, and nothing else
 
 
 @pytest.mark.parametrize(("task", "family"), CASES)
