@@ -7,6 +7,7 @@ take for whole.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from build_engines.atomic import replaced_folder
 from build_engines.errors import ArtifactError
 from triton_repo.runtime.session import MANIFEST_FORMAT, manifest_digest, sha256
 
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 RECORD = "stage.json"
 MANIFEST = "manifest.json"
 
@@ -49,7 +51,8 @@ def run_stage(folder: Path, inputs: Mapping[str, Any], build: Callable[[Path], d
         build: writes files into the folder it is given and returns the stage's result (JSON values).
 
     Raises:
-        OnecardError: what `build` raises, or a full or read-only disk; `folder` is then as it was before.
+        OnecardError: what `build` raises. A full or read-only disk, and any other OSError (a file of the user's
+            that is not there), is an ArtifactError. `folder` is then as it was before.
     """
     key = digest_of(inputs)
     record = _read_record(folder)
@@ -64,8 +67,10 @@ def run_stage(folder: Path, inputs: Mapping[str, Any], build: Callable[[Path], d
             written = {"key": key, "inputs": inputs, "outputs": outputs, "result": result, "seconds": seconds}
             (aside / RECORD).write_text(json.dumps(written, indent=1, ensure_ascii=False), encoding="utf-8")
     except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise ArtifactError(f"{folder} cannot be made: {error}") from error
         raise ArtifactError(
-            f"{folder}: cannot be written ({error.strerror or error})",
+            f"{folder}: cannot be written ({error.strerror})",
             cause="the disk is full or the folder is read-only",
             next_step="free space or name another folder with --build-dir, then run again: "
             "finished stages are kept",
