@@ -57,7 +57,7 @@ Progress = Callable[[str, float], None]
 _TRANSFORMERS = threading.Lock()
 
 _RECIPES = {
-    "classifier": Recipe(epochs=4, batch=24, learning_rate=1.5e-4, max_length=128, minimum=0.93),
+    "classifier": Recipe(epochs=3, batch=24, learning_rate=1.5e-4, max_length=128, minimum=0.93),
     "reranker": Recipe(epochs=3, batch=4, learning_rate=1.5e-4, max_length=96, minimum=0.90),
 }
 

@@ -73,10 +73,12 @@ def describe(check: Check) -> str:
 class Truth:
     """What the evaluation data says besides the texts: label indices, or the groups of ranked pairs.
 
+    `multi_label`: each label is decided for itself, at a probability of one half.
     `groups`: (first row, last row + 1) of each query's pairs; `relevance` [pairs].
     """
 
     labels: npt.NDArray[np.int64] | None = None
+    multi_label: bool = False
     groups: tuple[tuple[int, int], ...] = ()
     relevance: FloatArray | None = None
 
@@ -87,7 +89,8 @@ def judge(
     """Compare answers with the FP32 reference, row by row of the evaluation set.
 
     Args:
-        reference, answers: embed [texts, dimension]; classify logits [texts, labels]; rerank scores [pairs].
+        reference, answers: embed [texts, dimension]; classify probabilities [texts, labels]; rerank scores
+            [pairs].
 
     Answers that are not finite fail; nothing else is measured on them.
 
@@ -127,14 +130,25 @@ def _embedding_checks(reference: FloatArray, answers: FloatArray, gates: Gates) 
 
 
 def _classifier_checks(reference: FloatArray, answers: FloatArray, gates: Gates, truth: Truth) -> list[Check]:
-    expected, found = reference.argmax(axis=1), answers.argmax(axis=1)
-    agreement = float((expected == found).mean())
-    checks = [Check("top-1 agreement", agreement, gates.min_agreement, "at least")]
+    if truth.multi_label:
+        agreement = float(((reference >= 0.5) == (answers >= 0.5)).all(axis=1).mean())
+        checks = [Check("agreement of all labels", agreement, gates.min_agreement, "at least")]
+    else:
+        agreement = float((reference.argmax(axis=1) == answers.argmax(axis=1)).mean())
+        checks = [Check("top-1 agreement", agreement, gates.min_agreement, "at least")]
     if truth.labels is not None:
-        before, after = accuracy(expected, truth.labels), accuracy(found, truth.labels)
+        before, after = _accuracy(reference, truth), _accuracy(answers, truth)
         checks.append(Check("accuracy", after, None, "at least"))
         checks.append(Check("accuracy loss", before - after, gates.max_accuracy_loss, "at most"))
     return checks
+
+
+def _accuracy(probabilities: FloatArray, truth: Truth) -> float:
+    """The share of texts whose own label is the first, or where labels are independent, is found."""
+    assert truth.labels is not None
+    if truth.multi_label:
+        return float((np.take_along_axis(probabilities, truth.labels[:, None], axis=1) >= 0.5).mean())
+    return accuracy(probabilities.argmax(axis=1), truth.labels)
 
 
 def _reranker_checks(reference: FloatArray, answers: FloatArray, gates: Gates, truth: Truth) -> list[Check]:

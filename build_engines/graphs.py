@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from build_engines.errors import ArtifactError, ExportError
+from build_engines.errors import ArtifactError, CompileError, ExportError
 
 if TYPE_CHECKING:
     import onnx
@@ -135,14 +135,21 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 def open_session(model: onnx.ModelProto | Path) -> Any:
-    """A CPU session over a graph; one too large for a protobuf message goes through a temporary file."""
-    from triton_repo.runtime.session import onnx_session
+    """A CPU session over a graph; one too large for a protobuf message goes through a temporary file.
 
-    if isinstance(model, Path):
-        return onnx_session(model)
-    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) <= EXTERNAL_THRESHOLD:
-        return onnx_session(model.SerializeToString())
-    with tempfile.TemporaryDirectory(prefix="onecard-") as folder:
-        path = Path(folder) / "model.onnx"
-        save_graph(model, path)
-        return onnx_session(path)
+    Raises:
+        CompileError: ONNX Runtime refuses the graph.
+    """
+    from triton_repo.runtime.session import EngineRefused, onnx_session
+
+    try:
+        if isinstance(model, Path):
+            return onnx_session(model)
+        if sum(len(tensor.raw_data) for tensor in model.graph.initializer) <= EXTERNAL_THRESHOLD:
+            return onnx_session(model.SerializeToString())
+        with tempfile.TemporaryDirectory(prefix="onecard-") as folder:
+            path = Path(folder) / "model.onnx"
+            save_graph(model, path)
+            return onnx_session(path)
+    except EngineRefused as error:
+        raise CompileError(str(error)) from error

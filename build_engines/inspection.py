@@ -1,12 +1,16 @@
-"""`inspect`: what an engine folder says of itself, after every digest in it was checked."""
+"""`inspect`: what an engine says of itself, after it was checked that it is that engine."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from build_engines.errors import ArtifactError
 from build_engines.gates import Check, describe
-from build_engines.manifest import read_engine_manifest
+from build_engines.manifest import MANIFEST, read_engine_manifest
+from build_engines.targets.engine_file import check_engine, read_header
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -16,10 +20,37 @@ def describe_engine(path: Path) -> dict[str, Any]:
     """The manifest of the engine at `path` (its folder or a file in it) and where it is.
 
     Raises:
-        ArtifactError: no engine there, or files that do not match their digests.
+        ArtifactError: no engine there; files that do not match their digests; an engine for another card than
+            its manifest says, or of another version of the library than is installed here.
     """
+    if not path.exists():
+        raise ArtifactError(f"{path} does not exist", next_step="build it: build-engines build STACK")
+    if path.suffix == ".trt" and not (path.parent / MANIFEST).exists():
+        raise _without_manifest(path)
     folder, manifest = read_engine_manifest(path)
+    if manifest["target"] == "tensorrt-rtx":
+        _check_compiled(folder / manifest["engine"]["file"], manifest)
     return {"folder": str(folder), **manifest}
+
+
+def _check_compiled(engine: Path, manifest: dict[str, Any]) -> None:
+    """The engine's own header against the manifest's card, and against the library where that is here."""
+    installed: str | None = None  # an engine may be looked at where it cannot be run
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        installed = importlib.metadata.version("tensorrt-rtx")
+    check_engine(engine, version=installed, compute_capability=manifest["compute_capability"])
+
+
+def _without_manifest(path: Path) -> ArtifactError:
+    """A bare engine file: say what it is, and why that is not enough."""
+    header = read_header(path)
+    cards = " and ".join(header.compute_capabilities) or "a card that is not known here"
+    return ArtifactError(
+        f"{path}: a whole TensorRT-RTX {header.version} engine for compute capability {cards}, "
+        f"but no {MANIFEST} beside it",
+        cause="without its manifest nobody knows what it was made from, or whether it passed its gates",
+        next_step="copy the whole folder that `build-engines build` wrote, or build it again",
+    )
 
 
 def render_engine(engine: dict[str, Any]) -> RenderableType:

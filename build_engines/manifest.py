@@ -51,8 +51,7 @@ def run_stage(folder: Path, inputs: Mapping[str, Any], build: Callable[[Path], d
         build: writes files into the folder it is given and returns the stage's result (JSON values).
 
     Raises:
-        OnecardError: what `build` raises. A full or read-only disk, and any other OSError (a file of the user's
-            that is not there), is an ArtifactError. `folder` is then as it was before.
+        OnecardError: what `build` raises, an OSError as ArtifactError; `folder` is then as it was before.
     """
     key = digest_of(inputs)
     record = _read_record(folder)

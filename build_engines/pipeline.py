@@ -14,14 +14,14 @@ import importlib.metadata
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from build_engines.errors import FetchError, GateError
+from build_engines.errors import ArtifactError, CompileError, FetchError, GateError
 from build_engines.gates import judge
 from build_engines.manifest import (
     StageRun,
@@ -34,17 +34,26 @@ from build_engines.manifest import (
 from build_engines.plan import engine_profile
 from build_engines.stack import DataRef, Model, Precision, Stack
 from build_engines.targets import Target, get_target
-from build_engines.verify import TextSet, answers, load_calibration, load_evaluation
+from build_engines.verify import (
+    TextSet,
+    answers,
+    check_evaluation,
+    load_calibration,
+    load_evaluation,
+    open_tokenizer,
+)
 from calibration.samples import data_file
 from triton_repo.runtime.encode import Encoder
+from triton_repo.runtime.session import EngineRefused, sha256
 from triton_repo.runtime.tokenization import TextTokenizer
 
 _CHECKPOINT_FILES = (".json", ".safetensors", ".txt", ".model")
 _EXPORT_CODE = ("build_engines/export", "build_engines/graphs.py", "build_engines/reference.py")
+_DATA_CODE = ("build_engines/verify.py", "calibration/samples.py")
 _JUDGING_CODE = (
+    *_DATA_CODE,
     "build_engines/gates.py",
     "build_engines/metrics.py",
-    "build_engines/verify.py",
     "build_engines/targets/onnxruntime.py",
     "triton_repo/runtime",
 )
@@ -107,9 +116,9 @@ class _ModelBuild:
 
     def engines(self, targets: Sequence[Target]) -> list[BuiltEngine]:
         # Data that is missing or does not fit this model must not fail the build at its end.
-        assert self.evaluation
         if any(precision != "fp32" for precision in self.model.precisions):
             load_calibration(self.model)
+        check_evaluation(self.model)
         built = []
         for precision in self.model.precisions:
             graph = self._precision(precision)
@@ -129,6 +138,7 @@ class _ModelBuild:
             "pooling": self.model.pooling,
             "normalize": self.model.normalize,
             "code": code_digest(*_EXPORT_CODE),
+            "versions": _versions("onnx", "tokenizers", "transformers"),
         }
 
         def build(out: Path) -> dict[str, Any]:
@@ -137,8 +147,9 @@ class _ModelBuild:
             graph = export_encoder(
                 self.source, self.model.task, out, pooling=self.model.pooling, normalize=self.model.normalize
             )
-            serving = graph.serving
-            return {"serving": serving, "parity": self._parity(graph.path, serving)}
+            parity = self._parity(graph.path, graph.serving)
+            self._require_unchanged()
+            return {"serving": graph.serving, "parity": parity}
 
         return self._run("export", self.work / "export", inputs, build, _describe_export)
 
@@ -149,12 +160,13 @@ class _ModelBuild:
             "data": self._data_digest(self.model.evaluation),
             "max_length": self.max_length,
             "model": [self.model.task, self.model.pooling, self.model.normalize],
-            "code": code_digest("build_engines/reference.py"),
+            "code": code_digest("build_engines/reference.py", *_DATA_CODE),
             "versions": _versions("torch", "transformers"),
         }
 
         def build(out: Path) -> dict[str, Any]:
             found = self._torch.answers(self.evaluation, self.max_length)
+            self._require_unchanged()
             np.save(out / "answers.npy", found)
             return {"rows": len(found)}
 
@@ -191,10 +203,12 @@ class _ModelBuild:
 
     def _compile(self, precision: Precision, graph: StageRun, target: Target) -> BuiltEngine:
         folder = self.stack.build_dir / "engines" / self.model.name / precision / target.name
-        profile = engine_profile(self.model)
+        profile = engine_profile(replace(self.model, max_length=self.max_length))
         capability = self.stack.card.compute_capability if target.needs_card else None
         inputs = {
             "graph": graph.digests(),
+            "checkpoint": digest_of(self.source_digests),
+            "verified": graph.result,  # the same graph judged on other texts is another manifest
             "tokenizer": self.exported.digests()["tokenizer.json"],
             "profile": profile.as_dict(),
             "compute_capability": capability,
@@ -241,7 +255,12 @@ class _ModelBuild:
     def _verify_engine(self, out: Path, manifest: dict[str, Any], precision: str, target: Target) -> None:
         """Judge the compiled engine as the server will open it; record the figures in its manifest."""
         self.reporter.progress("verify", 0, 1)
-        encoder = Encoder.open(out)
+        try:
+            encoder = Encoder.open(out)
+        except EngineRefused as error:
+            raise CompileError(
+                f"the {precision} engine of {self.model.name!r} does not open: {error}"
+            ) from None
         found = answers(encoder, self.evaluation.rows(encoder.tokenizer))
         reference, truth = self._reference_answers(), self.evaluation.truth
         report = judge(self.model.task, precision, reference, found, self.model.gates, truth)
@@ -264,7 +283,7 @@ class _ModelBuild:
         from build_engines.graphs import open_session
         from build_engines.reference import check_parity
 
-        tokenizer = TextTokenizer(graph.parent / "tokenizer.json", max_length=64)
+        tokenizer = open_tokenizer(graph.parent / "tokenizer.json", self.model.max_length)
         return check_parity(self._torch, open_session(graph), serving, tokenizer.vocabulary)
 
     @cached_property
@@ -290,6 +309,14 @@ class _ModelBuild:
             )
         return folder_digests(self.source, _CHECKPOINT_FILES)
 
+    def _require_unchanged(self) -> None:
+        """What was just read must be what the record will say was read."""
+        if folder_digests(self.source, _CHECKPOINT_FILES) != self.source_digests:
+            raise ArtifactError(
+                f"{self.source} changed while the model {self.model.name!r} was being built from it",
+                next_step="run the build again when the checkpoint is complete",
+            )
+
     @cached_property
     def max_length(self) -> int:
         """The stack file's, bounded by the positions that the checkpoint was trained with."""
@@ -306,19 +333,17 @@ class _ModelBuild:
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
-        return TextTokenizer(self.exported.folder / "tokenizer.json", max_length=self.max_length)
+        return open_tokenizer(self.exported.folder / "tokenizer.json", self.max_length)
 
     @cached_property
     def evaluation(self) -> TextSet:
-        return load_evaluation(self.model, self.serving["labels"])
+        return load_evaluation(self.model, self.serving["labels"], multi_label=self.serving["multi_label"])
 
     def _calibration_settings(self) -> list[Any]:
         settings = self.model.calibration
         return [settings.samples, settings.method, settings.percentile, settings.smoothing]
 
     def _data_digest(self, data: DataRef | None) -> str | None:
-        from triton_repo.runtime.session import sha256
-
         if data is None:
             return None
         path = data_file(data.path or data.spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,10 +40,22 @@ class TorchReference:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         self.model = model
         self._torch = torch
-        self._encoder = self._load(folder)
         nested = folder / "0_Transformer"
         tokenizer_folder = nested if not (folder / "config.json").exists() and nested.is_dir() else folder
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+        try:
+            self._encoder = self._load(folder)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+        except (OSError, ValueError, ImportError) as error:
+            raise ExportError(
+                f"Transformers cannot load {folder}: {str(error).strip().splitlines()[0]}",
+                cause="the checkpoint lacks a file, or needs a package or remote code",
+                next_step="see whether transformers.AutoTokenizer and AutoModel load that folder",
+            ) from error
+        if self.tokenizer.pad_token is None:  # its id is masked, but positions are counted by it
+            pad = getattr(getattr(self._encoder, "config", None), "pad_token_id", None) or 0
+            self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(pad)
+        known = inspect.signature(self._encoder.forward).parameters
+        self._accepted = {"input_ids", "attention_mask"} | ({"token_type_ids"} & known.keys())
 
     def _load(self, folder: Path) -> Any:
         from transformers import AutoModel, AutoModelForSequenceClassification
@@ -96,6 +109,8 @@ class TorchReference:
         return np.stack(found)
 
     def _score(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        # Some tokenizers make token types for models that have none (DistilBERT with BERT's tokenizer).
+        inputs = {name: value for name, value in inputs.items() if name in self._accepted}
         logits: torch.Tensor = self._encoder(**inputs).logits.float()
         if self.model.task == "rerank":
             return logits[:, 0].sigmoid() if logits.shape[1] == 1 else logits.softmax(1)[:, 1]

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from build_engines.errors import DataError, QuantizeError
+from build_engines.errors import DataError, ExportError, QuantizeError
 from build_engines.gates import Truth
 from build_engines.stack import DataRef, Model
 from calibration.samples import data_file, load_groups, load_texts
 from triton_repo.runtime.encode import ANSWER_OUTPUT, Encoder
-from triton_repo.runtime.tokenization import Row, TextTokenizer
+from triton_repo.runtime.tokenization import Row, TextTokenizer, TokenizerRefused
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -43,7 +43,15 @@ class TextSet:
         return [row for group in tokenizer.pairs(self.groups) for row in group]
 
 
-def load_evaluation(model: Model, labels: Sequence[str] | None) -> TextSet:
+def check_evaluation(model: Model) -> None:
+    """Raise what `load_evaluation` would without knowing the labels: before the checkpoint is opened."""
+    if model.task == "classify" and model.evaluation is not None:
+        load_texts(_reference(model.evaluation))
+    else:
+        load_evaluation(model, None)
+
+
+def load_evaluation(model: Model, labels: Sequence[str] | None, *, multi_label: bool = False) -> TextSet:
     """The model's evaluation data; `labels` are the classifier's, in the order of its outputs.
 
     Raises:
@@ -67,7 +75,7 @@ def load_evaluation(model: Model, labels: Sequence[str] | None) -> TextSet:
     assert labels is not None
     reviews = load_texts(reference, labels=labels)
     indices = np.array([labels.index(str(review.label)) for review in reviews], dtype=np.int64)
-    return _texts(model, [review.text for review in reviews], Truth(labels=indices))
+    return _texts(model, [review.text for review in reviews], Truth(labels=indices, multi_label=multi_label))
 
 
 def _require(found: int, least: int, what: str, reference: str | Path) -> None:
@@ -115,6 +123,20 @@ def _ranking(reference: str | Path, limit: int | None = None) -> TextSet:
     relevance = np.array([grade for group in groups for grade in group.relevance], dtype=np.float64)
     pairs = tuple((group.query, group.passages) for group in groups)
     return TextSet("rerank", (), pairs, Truth(groups=spans, relevance=relevance))
+
+
+def open_tokenizer(path: Path, max_length: int) -> TextTokenizer:
+    """The runtime's tokenizer.
+
+    Raises:
+        ExportError: a tokenizer that the runtime cannot reproduce.
+    """
+    try:
+        return TextTokenizer(path, max_length=max_length)
+    except TokenizerRefused as error:
+        raise ExportError(
+            str(error), next_step="use a checkpoint whose tokenizer puts its special tokens around the texts"
+        ) from None
 
 
 class GraphEngine:

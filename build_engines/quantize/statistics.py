@@ -96,5 +96,7 @@ def _watching_session(model: onnx.ModelProto, tensors: Iterable[str]) -> Any:
     present = {output.name for output in copy.graph.output}
     for tensor in tensors:
         if tensor not in present:
-            copy.graph.output.append(helper.make_tensor_value_info(tensor, TensorProto.FLOAT, None))
+            # Of rank 3, sizes left open: a graph that goes through a file is checked, and must state a shape.
+            value = helper.make_tensor_value_info(tensor, TensorProto.FLOAT, [None, None, None])
+            copy.graph.output.append(value)
     return open_session(copy)

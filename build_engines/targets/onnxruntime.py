@@ -15,12 +15,14 @@ MatMulNBits
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from build_engines.errors import CompileError
 from build_engines.graphs import read_graph, save_graph
 
 if TYPE_CHECKING:
@@ -40,7 +42,12 @@ class OnnxRuntimeTarget:
     needs_card = False
 
     def check(self) -> None:
-        import onnxruntime  # noqa: F401  (a dependency of the build)
+        # Not imported: a build that has nothing to do should not wait for it.
+        if importlib.util.find_spec("onnxruntime") is None:
+            raise CompileError(
+                "the target onnxruntime needs a Python module of that name",
+                next_step="pip install onnxruntime",
+            )
 
     def compile(
         self, graph: Path, out: Path, *, profile: Profile, compute_capability: str | None, progress: Progress

@@ -107,6 +107,21 @@ def test_classifier_agreement_and_accuracy() -> None:
     assert {name for name, check in checks(report).items() if not check.passed} == {"top-1 agreement"}
 
 
+def test_independent_labels_are_judged_one_by_one() -> None:
+    """With several labels per text (or one in all) the largest probability says nothing about the others."""
+    reference = np.tile([[0.9, 0.6, 0.1]], (100, 1))
+    truth = Truth(labels=np.full(100, 1), multi_label=True)
+    assert judge("classify", "int8", reference, reference * 0.99, CLASSIFY, truth).passed
+    answers = reference.copy()
+    answers[:2, 1] = 0.4  # the first label still leads
+    report = judge("classify", "int8", reference, answers, CLASSIFY, truth)
+    assert checks(report)["agreement of all labels"].value == pytest.approx(0.98)
+    assert checks(report)["accuracy loss"].value == pytest.approx(0.02)
+    assert not report.passed
+    single = Truth(labels=np.zeros(100, dtype=np.int64), multi_label=True)
+    assert not judge("classify", "int8", reference[:, :1], 0.1 * reference[:, :1], CLASSIFY, single).passed
+
+
 def ranking(queries: int = 40, passages: int = 5) -> tuple[np.ndarray, Truth]:
     generator = np.random.default_rng(0)
     spans = tuple((i * passages, (i + 1) * passages) for i in range(queries))
