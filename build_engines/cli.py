@@ -121,7 +121,8 @@ def build(
         )
     else:
         made = sum(not engine.skipped for engine in engines)
-        console.print(f"{len(engines)} engines in {loaded.build_dir / 'engines'}, {made} of them made now")
+        folder = loaded.build_dir / "engines"
+        console.print(f"{len(engines)} engines in {folder}, {made} of them made now", soft_wrap=True)
 
 
 @main.command()

@@ -52,7 +52,14 @@ class StageLines:
             BarColumn(bar_width=24),
             TextColumn("{task.completed}/{task.total}"),
         )
-        self._progress = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
+        # Where nobody watches, a bar would only leave empty lines in the log.
+        self._progress = Progress(
+            *columns,
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
         self._task: TaskID | None = None
         self._name = ""
 

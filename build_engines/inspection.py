@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,32 +57,38 @@ def _without_manifest(path: Path) -> ArtifactError:
 def render_engine(engine: dict[str, Any]) -> RenderableType:
     """The same for people."""
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(show_header=False, box=None, title=engine["folder"], title_justify="left")
+    # As Text: in a plain string Rich would take "[ok]" for a colour.
+    table = Table(show_header=False, box=None, title=Text(engine["folder"]), title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
+    for name, value in _rows(engine):
+        table.add_row(name, Text(value))
+    return table
+
+
+def _rows(engine: dict[str, Any]) -> Iterator[tuple[str, str]]:
     serving, profile = engine["serving"], engine["profile"]
-    table.add_row("model", f"{engine['model']} ({engine['task']}, {engine['precision']})")
-    table.add_row("target", engine["target"])
+    yield "model", f"{engine['model']} ({engine['task']}, {engine['precision']})"
+    yield "target", engine["target"]
     if engine["compute_capability"]:
-        table.add_row("compute capability", engine["compute_capability"])
-    table.add_row("versions", ", ".join(f"{name} {version}" for name, version in engine["versions"].items()))
-    table.add_row("engine", f"{engine['engine']['file']}, {engine['engine']['bytes'] / 2**20:.1f} MiB")
-    table.add_row("digest", f"sha256 {engine['engine']['sha256']}")
-    table.add_row("profile", f"batch {profile['batch']}, sequence {profile['sequence']} (min, opt, max)")
-    table.add_row("inputs", ", ".join(serving["inputs"]))
-    table.add_row("outputs", ", ".join(serving["outputs"]))
+        yield "compute capability", engine["compute_capability"]
+    yield "versions", ", ".join(f"{name} {version}" for name, version in engine["versions"].items())
+    yield "engine", f"{engine['engine']['file']}, {engine['engine']['bytes'] / 2**20:.1f} MiB"
+    yield "digest", f"sha256 {engine['engine']['sha256']}"
+    yield "profile", f"batch {profile['batch']}, sequence {profile['sequence']} (min, opt, max)"
+    yield "inputs", ", ".join(serving["inputs"])
+    yield "outputs", ", ".join(serving["outputs"])
     for stage, report in engine["gates"].items():
-        table.add_row(f"gate ({stage})", _gate_lines(report.get("gate", report)))
+        yield f"gate ({stage})", _gate_lines(report.get("gate", report))
     returned = engine["gates"].get("graph", {}).get("returned") or []
     if returned:
-        lines = (
+        yield "layers returned", "\n".join(
             f"{item['layer']} to {item['mode']} (sensitivity {item['sensitivity']:.1e})" for item in returned
         )
-        table.add_row("layers returned", "\n".join(lines))
     layers = sorted(engine.get("layers", {}).items(), key=lambda item: -item[1])
-    table.add_row("layer types", ", ".join(f"{count} {name}" for name, count in layers))
-    return table
+    yield "layer types", ", ".join(f"{count} {name}" for name, count in layers)
 
 
 def _gate_lines(report: dict[str, Any]) -> str:

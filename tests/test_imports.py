@@ -28,8 +28,8 @@ HEAVY = {
     "torch",
     "transformers",
 }
-# From the bottom up. A unit (module or package of build_engines) imports lower layers and its own group alone;
-# so the stages, all in one layer, never import each other.
+# From the bottom up. A unit (module or package of build_engines) imports lower layers and its own group: the
+# stages, all in one layer, never import each other.
 LAYERS: list[dict[str, tuple[str, ...]]] = [
     {"errors": ("errors",)},
     {"basics": ("atomic", "cards", "metrics", "stack_fields")},
