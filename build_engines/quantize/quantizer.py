@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from build_engines.errors import QuantizeError
-from build_engines.quantize.linears import Linear, find_linears, read_weight
+from build_engines.quantize.linears import FloatArray, Linear, find_linears, read_weight
+from build_engines.quantize.outliers import find_pairs, split_outliers
 from build_engines.quantize.scales import QuantizedWeight, StaticScales, quantize_weight, search_scales
-from build_engines.quantize.statistics import Arrays, collect_statistics
+from build_engines.quantize.statistics import Arrays, InputStatistics, collect_statistics
 
 if TYPE_CHECKING:
     import onnx
@@ -28,8 +29,8 @@ Mode = Literal["int8", "int8-weights", "float"]
 class Quantizer:
     """Holds the FP32 graph and every Linear's scales; `assemble` writes a graph for any choice of modes.
 
-    Calibration runs once, when the first Linear in mode "int8" is asked for, so that weights-only needs no
-    data.
+    Mode "int8" needs `calibrate` first; weights-only needs no data. The graph given is taken over: splitting
+    outlier channels rewrites its FFN weights, which changes no answer.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -59,6 +60,7 @@ class Quantizer:
             advance(done, total)
 
         statistics = collect_statistics(self.model, self.linears, batches, step)
+        stagger = self._split_outliers(statistics) if smoothing == "auto" else {}
         for linear in self.linears:
             self.scales[linear.name] = search_scales(
                 read_weight(self._initializers, linear),
@@ -66,8 +68,36 @@ class Quantizer:
                 method=method,
                 percentile=percentile,
                 smoothing=smoothing,
+                stagger=stagger.get(linear.name),
             )
             step()
+
+    def _split_outliers(self, statistics: dict[str, InputStatistics]) -> dict[str, FloatArray]:
+        """Repeat the FFNs' outlier channels in graph and `statistics`; the copies' offsets by Linear."""
+        stagger = {}
+        for first, second in find_pairs(self.linears):
+            weight = read_weight(self._initializers, second)
+            split = split_outliers(weight, statistics[second.name])
+            if split is None:
+                continue
+            statistics[second.name] = split.statistics(statistics[second.name])
+            stagger[second.name] = split.stagger
+            self._replace(second.weight, split.second_rows(weight))
+            for name in (first.weight, f"{first.name}.bias_value"):
+                if name in self._initializers:
+                    self._replace(name, split.first_columns(self._array(name)))
+        self.linears = find_linears(self.model)
+        return stagger
+
+    def _array(self, name: str) -> FloatArray:
+        from onnx import numpy_helper
+
+        return np.asarray(numpy_helper.to_array(self._initializers[name]), dtype=np.float32)
+
+    def _replace(self, name: str, values: FloatArray) -> None:
+        from onnx import numpy_helper
+
+        self._initializers[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values), name))
 
     def assemble(self, modes: Mapping[str, Mode]) -> onnx.ModelProto:
         """A new graph in which each Linear has the mode named; `modes` must name all of them."""

@@ -74,13 +74,20 @@ def quantize_weight(weight: FloatArray) -> QuantizedWeight:
 
 
 def search_scales(
-    weight: FloatArray, statistics: InputStatistics, *, method: str, percentile: float, smoothing: str
+    weight: FloatArray,
+    statistics: InputStatistics,
+    *,
+    method: str,
+    percentile: float,
+    smoothing: str,
+    stagger: FloatArray | None = None,
 ) -> StaticScales:
     """The best static INT8 form of one Linear, by the error of its output on `statistics.rows`.
 
-    `method` is a calibrator's name; `smoothing` is "auto" (smoothing and shifting where they help) or "off".
+    `method` is a calibrator's name; `smoothing` is "auto" (smoothing and shifting where they help) or "off";
+    `stagger` [inputs] moves each channel's offset by that many quantization steps (outliers.py).
     """
-    search = _Search(weight, statistics, method, percentile)
+    search = _Search(weight, statistics, Calibration(method, percentile), stagger)
     plain = search.candidate(None, shifted=False)
     if smoothing == "off":
         return plain
@@ -90,16 +97,33 @@ def search_scales(
     return best if best.error < WORTH * plain.error else plain
 
 
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """A calibrator's name and its percentile."""
+
+    method: str
+    percentile: float
+
+
 class _Search:
     def __init__(
-        self, weight: FloatArray, statistics: InputStatistics, method: str, percentile: float
+        self,
+        weight: FloatArray,
+        statistics: InputStatistics,
+        calibration: Calibration,
+        stagger: FloatArray | None,
     ) -> None:
         self.weight = weight
         self.statistics = statistics
-        self.method = method
-        self.percentile = percentile
+        self.calibration = calibration
+        self.stagger = stagger
         self.exact = statistics.rows @ weight
-        self.power = float(np.square(self.exact).mean()) or 1.0
+        power = np.square(self.exact).mean(axis=1, keepdims=True)
+        # The norm after the layer divides each token by its own size: a token ten times as large bears an
+        # error ten times as large. Without this a handful of tokens would decide every scale.
+        self.share = 1 / np.maximum(power + np.median(power), 1e-12)
+        self.share /= self.share.sum()
+        self.power = float((self.share * np.square(self.exact)).sum()) or 1.0
 
     def candidate(self, alpha: float | None, *, shifted: bool) -> StaticScales:
         """The best scales for one alpha (None: no rewrite)."""
@@ -112,10 +136,14 @@ class _Search:
         quantized = quantize_weight(weight)
         restored = quantized.values.astype(np.float32) * quantized.scale
         maximum = max(float(np.abs(low).max()), float(np.abs(high).max()), _LEAST)
-        scale = _activation_scale(CALIBRATORS[self.method](rows, maximum, self.percentile))
+        calibrator = CALIBRATORS[self.calibration.method]
+        scale = _activation_scale(calibrator(rows, maximum, self.calibration.percentile))
+        if self.stagger is not None and rewrite is not None and rewrite.offset is not None:
+            rewrite = Rewrite(rewrite.multiplier, _as_half(rewrite.offset + self.stagger * scale))
+            rows = rewrite.apply(self.statistics.rows)
         output = (np.clip(np.rint(rows / scale), -128, 127) * scale) @ restored
-        bias_shift = (self.exact - output).mean(axis=0)
-        error = float(np.square(output + bias_shift - self.exact).mean()) / self.power
+        bias_shift = (self.share * (self.exact - output)).sum(axis=0)
+        error = float((self.share * np.square(output + bias_shift - self.exact)).sum()) / self.power
         return StaticScales(quantized, rewrite, scale, bias_shift, alpha, error)
 
     def _rewrite(self, alpha: float, shifted: bool) -> Rewrite:
