@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,8 +74,7 @@ def fetch(stack: Path, build_dir: Path | None, offline: bool) -> None:
     Example:
       HF_TOKEN=... build-engines fetch stacks/korean-reviews.toml
     """
-    loaded = _load(stack, build_dir)
-    _fetch(loaded, list(loaded.models), offline=offline)
+    _fetch(_load(stack, build_dir), offline=offline)
 
 
 @main.command()
@@ -108,10 +107,12 @@ def build(
     loaded = _load(stack, build_dir)
     _check_names("model", models, list(loaded.models))
     _check_names("target", targets, list(loaded.targets))
-    _fetch(loaded, models or list(loaded.models), offline=offline)
+    if models:  # then the others need not be fetched, not even to plan
+        loaded = replace(loaded, models={name: loaded.models[name] for name in models})
+    _fetch(loaded, offline=offline)
     require_fit(plan_stack(loaded))
     with StageLines() as lines:
-        engines = build_stack(loaded, lines, models=models or None, targets=targets or None)
+        engines = build_stack(loaded, lines, targets=targets or None)
     if as_json:
         print_json(
             [
@@ -208,15 +209,13 @@ def _load(path: Path, build_dir: Path | None) -> Stack:
     return load_stack(path, build_dir=build_dir)
 
 
-def _fetch(stack: Stack, models: Sequence[str], *, offline: bool) -> None:
+def _fetch(stack: Stack, *, offline: bool) -> None:
     from build_engines.fetch import fetch_model
 
     with StageLines() as lines:
-        for name in models:
+        for name, model in stack.models.items():
             lines.start(name, "fetch")
-            found = fetch_model(
-                stack.models[name], stack.fetched_dir(name), offline=offline, progress=lines.progress
-            )
+            found = fetch_model(model, stack.fetched_dir(name), offline=offline, progress=lines.progress)
             lines.done(found.origin, f"{found.size / 2**20:.1f} MiB at {found.path}")
 
 

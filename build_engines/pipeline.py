@@ -161,7 +161,7 @@ class _ModelBuild:
             "max_length": self.max_length,
             "model": [self.model.task, self.model.pooling, self.model.normalize],
             "code": code_digest("build_engines/reference.py", *_DATA_CODE),
-            "versions": _versions("torch", "transformers"),
+            "versions": _versions("torch", "transformers", "sentence-transformers"),
         }
 
         def build(out: Path) -> dict[str, Any]:

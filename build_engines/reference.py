@@ -106,7 +106,13 @@ class TorchReference:
             )
             for index, value in zip(chunk, self.forward(encoded), strict=True):
                 found[index] = value
-        return np.stack(found)
+        answers = np.stack(found)
+        if not np.isfinite(answers).all():
+            raise ExportError(
+                "PyTorch's own FP32 answers are not finite on the evaluation data",
+                cause="the checkpoint's weights are damaged or hold NaN",
+            )
+        return answers
 
     def _score(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         # Some tokenizers make token types for models that have none (DistilBERT with BERT's tokenizer).

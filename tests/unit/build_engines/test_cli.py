@@ -219,6 +219,17 @@ def test_build_prints_its_stages_and_one_json(build: tuple[Path, Result], stack:
     assert "" not in again.stderr.splitlines()
 
 
+def test_a_model_alone_asks_nothing_of_the_others(stack: Path, tmp_path: Path) -> None:
+    """Neither their checkpoints nor, to plan, their sizes."""
+    other = '\n[models.other]\ntask = "embed"\nsource = "owner/never-fetched"\n'
+    (tmp_path / "s.toml").write_text(stack.read_text() + other)
+    options = ("--build-dir", tmp_path / "build", "--target", "onnxruntime", "--offline")
+    result = run("build", tmp_path / "s.toml", *options, "--model", "tiny", "--json")
+    assert result.exit_code == 0, result.output
+    assert [engine["model"] for engine in json.loads(result.stdout)] == ["tiny"]
+    assert run("build", tmp_path / "s.toml", *options).exit_code == errors.FetchError.exit_code
+
+
 def test_build_of_data_that_does_not_fit(build: tuple[Path, Result], stack: Path, tmp_path: Path) -> None:
     write_lines(tmp_path / "texts.jsonl", [{"text": "w5"}, {"txt": "w6"}])
     text = stack.read_text().splitlines()

@@ -247,6 +247,20 @@ def test_an_export_that_is_not_the_model_is_refused(small: Stack, monkeypatch: p
     assert not (small.build_dir / "engines").exists()
 
 
+def test_a_checkpoint_that_answers_nothing(small: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    from build_engines.reference import TorchReference
+
+    real = TorchReference.forward
+
+    def broken(self: Any, arrays: Any) -> np.ndarray:
+        found = real(self, arrays)
+        return found if isinstance(arrays, dict) else found * np.nan  # only the tokenized texts
+
+    monkeypatch.setattr(TorchReference, "forward", broken)
+    with pytest.raises(ExportError, match="own FP32 answers are not finite"):
+        build_stack(small, Lines())
+
+
 def with_model(stack: Stack, **changes: Any) -> Stack:
     return dataclasses.replace(stack, models={"tiny": dataclasses.replace(stack.models["tiny"], **changes)})
 
