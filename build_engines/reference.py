@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,8 +53,6 @@ class TorchReference:
         if self.tokenizer.pad_token is None:  # its id is masked, but positions are counted by it
             pad = getattr(getattr(self._encoder, "config", None), "pad_token_id", None) or 0
             self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(pad)
-        known = inspect.signature(self._encoder.forward).parameters
-        self._accepted = {"input_ids", "attention_mask"} | ({"token_type_ids"} & known.keys())
 
     def _load(self, folder: Path) -> Any:
         from transformers import AutoModel, AutoModelForSequenceClassification
@@ -115,8 +112,6 @@ class TorchReference:
         return answers
 
     def _score(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        # Some tokenizers make token types for models that have none (DistilBERT with BERT's tokenizer).
-        inputs = {name: value for name, value in inputs.items() if name in self._accepted}
         logits: torch.Tensor = self._encoder(**inputs).logits.float()
         if self.model.task == "rerank":
             return logits[:, 0].sigmoid() if logits.shape[1] == 1 else logits.softmax(1)[:, 1]
