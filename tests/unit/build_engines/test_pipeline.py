@@ -377,7 +377,7 @@ def test_longer_texts_than_the_checkpoint_has_positions(small: Stack) -> None:
 
 
 def test_token_types_for_a_model_that_has_none(checkpoint: Any, data: Path, tmp_path: Path) -> None:
-    """DistilBERT saved with BERT's tokenizer, which makes token types: Transformers ignores them, as we do."""
+    """DistilBERT with a tokenizer that makes token types: Transformers ignores them, and so do we."""
     source = checkpoint("classify", "distilbert")
     table = model_table("classify", source, data, precisions=["fp32"])
     (engine,) = build_stack(stack_of(tmp_path, {"tiny": table}), Lines())
