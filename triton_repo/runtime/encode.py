@@ -17,6 +17,10 @@ from triton_repo.runtime.tokenization import Row, TextTokenizer
 # The output of each task's graph that the answer is made from.
 ANSWER_OUTPUT = {"classify": "probabilities", "embed": "embeddings", "rerank": "scores"}
 
+# On the CPU a run of 512 to 1024 tokens costs a third less per token than one of 4096, whose activations
+# no longer stay in the caches (docs/benchmarks.md, "What was tried").
+MAX_TOKENS_PER_RUN = 768
+
 
 class RunsEngine(Protocol):
     """What this module needs of an engine; `runtime.session.Engine` is one."""
@@ -63,7 +67,10 @@ class Encoder:
         """
         answer: list[npt.NDArray[Any] | EngineFailed] = [_NOT_RUN] * len(rows)
         lengths = [len(row.ids) for row in rows]
-        for group in plan_groups(lengths, max_batch=self.max_batch, overhead=self.overhead):
+        groups = plan_groups(
+            lengths, max_batch=self.max_batch, overhead=self.overhead, max_tokens=MAX_TOKENS_PER_RUN
+        )
+        for group in groups:
             width = lengths[group[-1]]
             try:
                 values = self.engine.run(self.arrays([rows[index] for index in group], width))[self._output]

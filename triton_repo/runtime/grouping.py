@@ -6,8 +6,13 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 
 
-def plan_groups(lengths: Sequence[int], *, max_batch: int, overhead: float) -> list[list[int]]:
+def plan_groups(
+    lengths: Sequence[int], *, max_batch: int, overhead: float, max_tokens: int
+) -> list[list[int]]:
     """The partition of range(len(lengths)) into runs that costs least.
+
+    No run has more than `max_tokens`, padding included, unless it is one text: beyond what the caches hold,
+    every further token of a run makes all of its tokens slower.
 
     A run over n texts padded to the longest, w tokens, costs `overhead + n * w` tokens; `overhead` is what a
     run costs before its first token, measured on the engine (`measure_overhead`). Every index comes exactly
@@ -28,6 +33,8 @@ def plan_groups(lengths: Sequence[int], *, max_batch: int, overhead: float) -> l
         cost_of_rows = 0.0
         for start in range(end - 1, max(0, end - max_batch) - 1, -1):
             cost_of_rows += width
+            if cost_of_rows > max_tokens and start < end - 1:
+                break
             cost = best[start] + cost_of_rows
             # `<=` prefers the larger group among equals: fewer runs.
             if cost <= lowest:
