@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -160,7 +161,18 @@ def demo_models(folder: Path) -> None:
     """
     from build_engines.demo import write_demo_models
 
-    write_demo_models(folder)
+    # The two trained models report from threads of their own, so the bar shows the one that is behind.
+    fractions: dict[str, float] = {}
+    started = time.monotonic()
+    with StageLines() as lines:
+        lines.start("demo models", "train")
+
+        def advance(model: str, fraction: float) -> None:
+            fractions[model] = fraction
+            lines.progress("classifier and reranker", round(100 * min(fractions.values())), 100)
+
+        write_demo_models(folder, progress=advance)
+        lines.done(f"{time.monotonic() - started:.1f} s", str(folder))
 
 
 @main.command()

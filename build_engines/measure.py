@@ -1,6 +1,6 @@
 """Engines against PyTorch on this machine, at fixed shapes, in one run.
 
-Timings on shared machines drift, so only ratios within one run count: every contender runs in blocks, the blocks
+Timings on shared machines drift, so only ratios within one run count: every contender runs in blocks, those
 in turn, several rounds, and the figure is the median. PyTorch and the engines live in a process each: once
 PyTorch has run, ONNX Runtime in the same process is half as slow again for good.
 """

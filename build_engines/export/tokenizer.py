@@ -1,4 +1,4 @@
-"""tokenizer.json beside the graph: copied, or built from the slow tokenizer's files by transformers."""
+"""tokenizer.json beside the graph: the tokenizer as transformers sets it up, for use without transformers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from build_engines.export.checkpoint import read_json
 def write_tokenizer(folder: Path, out: Path, vocabulary: int) -> Path:
     """Write `out`/tokenizer.json for the checkpoint in `folder`.
 
+    Where there is a tokenizer_config.json, transformers loads the tokenizer: it lets that file decide (lower
+    case, accents) even against the checkpoint's own tokenizer.json, and the model is used through it.
+
     Args:
         vocabulary: rows of the embedding table; the tokenizer must not know a larger id.
 
@@ -22,7 +25,8 @@ def write_tokenizer(folder: Path, out: Path, vocabulary: int) -> Path:
 
     source = folder / "tokenizer.json"
     try:
-        tokenizer = Tokenizer.from_file(str(source)) if source.is_file() else _from_slow(folder)
+        alone = source.is_file() and not (folder / "tokenizer_config.json").is_file()
+        tokenizer = Tokenizer.from_file(str(source)) if alone else _from_transformers(folder)
     except ExportError:
         raise
     except Exception as error:  # tokenizers raises plain Exception
@@ -45,16 +49,17 @@ def write_tokenizer(folder: Path, out: Path, vocabulary: int) -> Path:
     return target
 
 
-def _from_slow(folder: Path) -> Any:
+def _from_transformers(folder: Path) -> Any:
     try:
         from transformers import AutoTokenizer
 
         fast = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         return fast.backend_tokenizer
     except Exception as error:  # transformers raises almost anything here
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ExportError(
-            f"{folder} has no tokenizer.json and transformers cannot build one: {str(error).splitlines()[0]}",
-            cause="the folder lacks its vocabulary files, or its tokenizer is custom code",
+            f"Transformers cannot load the tokenizer of {folder}: {said}",
+            cause="vocabulary files are missing or damaged, or the tokenizer is custom code",
             next_step="fetch the checkpoint again, or choose one with a tokenizer.json",
         ) from error
 

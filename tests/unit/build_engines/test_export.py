@@ -385,6 +385,23 @@ def test_a_slow_tokenizer_becomes_tokenizer_json(saved: dict[str, Path], tmp_pat
     assert tokenizer.encode("good Bad").tokens == ["[CLS]", "good", "bad", "[SEP]"]
 
 
+def test_the_tokenizer_is_the_one_that_transformers_sets_up(saved: dict[str, Path], tmp_path: Path) -> None:
+    """tokenizer_config.json overrules tokenizer.json in transformers, so it must here."""
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer, BertTokenizerFast
+
+    source = copy(saved["embed"], tmp_path)
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "Good"]))
+    BertTokenizerFast(str(vocabulary), do_lower_case=True).save_pretrained(source)
+    settings = source / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"do_lower_case": False}))
+    export_encoder(source, "embed", tmp_path / "out")
+    found = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json")).encode("Good good").ids
+    assert found == AutoTokenizer.from_pretrained(source)("Good good")["input_ids"]
+    assert found != Tokenizer.from_file(str(source / "tokenizer.json")).encode("Good good").ids
+
+
 def test_lowercasing_by_sentence_transformers_goes_into_the_tokenizer(
     saved: dict[str, Path], tmp_path: Path
 ) -> None:
