@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from build_engines import __version__
-from build_engines.console import StageLines, console, fail_cleanly, print_json
+from build_engines.console import StageLines, console, fail_cleanly, print_json, wide_console
 
 if TYPE_CHECKING:
     from build_engines.stack import Stack
@@ -55,9 +55,7 @@ def plan(stack: Path, build_dir: Path | None, as_json: bool) -> None:
     if as_json:
         print_json(found.as_dict())
     else:
-        from rich.console import Console
-
-        Console().print(render_plan(found))
+        wide_console().print(render_plan(found))
     require_fit(found)
 
 
@@ -144,9 +142,7 @@ def inspect(engine: Path, as_json: bool) -> None:
     if as_json:
         print_json(found)
     else:
-        from rich.console import Console
-
-        Console().print(render_engine(found))
+        wide_console().print(render_engine(found))
 
 
 @main.command("demo-models")
@@ -187,8 +183,6 @@ def measure(stack: Path, build_dir: Path | None, as_json: bool) -> None:
     Example:
       build-engines measure stacks/demo.toml
     """
-    from rich.console import Console
-
     from build_engines.measure import measure_stack, render_measurements
 
     with StageLines() as lines:
@@ -197,7 +191,7 @@ def measure(stack: Path, build_dir: Path | None, as_json: bool) -> None:
     if as_json:
         print_json(found)
     else:
-        Console().print(render_measurements(found))
+        wide_console().print(render_measurements(found))
 
 
 @main.command("random-model")

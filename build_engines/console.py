@@ -15,6 +15,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from build_engines.errors import OnecardError
 from build_engines.manifest import StageRun
 
+# Tables keep their columns where nobody gives a width: a pipe, a log, a narrow window.
+_TABLE_WIDTH = 120
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -37,6 +40,12 @@ def fail_cleanly(command: Callable[P, R]) -> Callable[P, R]:
             sys.exit(130)
 
     return wrapper
+
+
+def wide_console() -> Console:
+    """stdout for tables."""
+    found = Console(highlight=False)
+    return found if found.is_terminal and found.width >= _TABLE_WIDTH else Console(width=_TABLE_WIDTH)
 
 
 def print_json(value: Any) -> None:

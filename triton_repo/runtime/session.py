@@ -6,6 +6,7 @@ that is served. Imports the standard library, numpy and the engine library only.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from typing import Any
 import numpy.typing as npt
 
 MANIFEST_FORMAT = 1
+_CPU_INFO = Path("/proc/cpuinfo")
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 # ONNX Runtime's SkipLayerNormalization kernel is several times slower on the CPU than the Add and
@@ -109,6 +111,8 @@ def onnx_session(model: Path | bytes, threads: int | None = None, *, optimize: b
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    if not _has_vnni():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     source = model if isinstance(model, bytes) else str(model)
@@ -119,3 +123,15 @@ def onnx_session(model: Path | bytes, threads: int | None = None, *, optimize: b
     except Exception as error:  # ONNX Runtime raises its own untyped exceptions
         name = "graph in memory" if isinstance(model, bytes) else str(model)
         raise EngineRefused(f"{name}: ONNX Runtime refuses it: {str(error).splitlines()[0]}") from error
+
+
+@functools.cache
+def _has_vnni() -> bool:
+    """Without these instructions the fast u8 x s8 kernels add pairs of products in 16 bits, which overflows;
+    ONNX Runtime has exact, slower ones that must be asked for."""
+    try:
+        lines = _CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return "vnni" in flags
