@@ -271,7 +271,7 @@ def _load(name: str) -> Any:
             step = "pip install tensorrt-rtx"
         else:
             step = (
-                "on a machine with the GPU: pip install tensorrt --extra-index-url https://pypi.nvidia.com, "
+                "on a machine with the GPU: pip install tensorrt (from the package index of NVIDIA), "
                 'or use the target "tensorrt-rtx", which needs no GPU'
             )
         raise CompileError(
