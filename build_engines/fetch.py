@@ -62,6 +62,17 @@ def fetch_model(
     takes what `dest` or the hub's local cache has. Raises FetchError, and BusyError where another process
     fetches into `dest`.
     """
+    try:
+        return _fetch(model, dest, offline, progress)
+    except OSError as error:
+        raise FetchError(
+            f"{model.source}: {error.filename or dest}: {error.strerror or error}",
+            cause="a file cannot be read, or the folder is read-only",
+            next_step="correct that, or name another folder with --build-dir, then run again",
+        ) from error
+
+
+def _fetch(model: Model, dest: Path, offline: bool, progress: Progress | None) -> Fetched:
     if model.source_dir is not None:
         return _from_folder(model, model.source_dir, dest)
     present = _read_record(model, dest)

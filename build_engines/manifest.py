@@ -86,10 +86,12 @@ def file_record(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
-def folder_digests(folder: Path, suffixes: Iterable[str]) -> dict[str, str]:
-    """SHA-256 of every file under `folder` with one of `suffixes`, by relative name."""
+def folder_digests(folder: Path, suffixes: Iterable[str], *, without: Path | None = None) -> dict[str, str]:
+    """SHA-256 of every file under `folder`, less those under `without`, with one of `suffixes`, by name."""
     wanted = tuple(suffixes)
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name.endswith(wanted)]
+    paths = (path for path in sorted(folder.rglob("*")) if path.name.endswith(wanted) and path.is_file())
+    left_out = without.absolute() if without else None
+    files = [path for path in paths if left_out is None or not path.absolute().is_relative_to(left_out)]
     return {str(path.relative_to(folder)): sha256(path) for path in files}
 
 

@@ -177,6 +177,7 @@ class _ModelBuild:
     def _precision(self, precision: Precision) -> StageRun:
         inputs = {
             "export": self.exported.digests(),
+            "serving": self.exported.result["serving"],  # labels decide accuracy and are not in the graph
             "reference": self.reference.digests(),
             "evaluation": self._data_digest(self.model.evaluation),
             "calibration": self._data_digest(self.model.calibration.data),
@@ -307,11 +308,15 @@ class _ModelBuild:
                 if from_hub
                 else f"correct [models.{self.model.name}] source; make demo trains the demo's models",
             )
-        return folder_digests(self.source, _CHECKPOINT_FILES)
+        return self._checkpoint_digests()
+
+    def _checkpoint_digests(self) -> dict[str, str]:
+        # A stack file that lies in its checkpoint's folder builds inside that folder.
+        return folder_digests(self.source, _CHECKPOINT_FILES, without=self.stack.build_dir)
 
     def _require_unchanged(self) -> None:
         """What was just read must be what the record will say was read."""
-        if folder_digests(self.source, _CHECKPOINT_FILES) != self.source_digests:
+        if self._checkpoint_digests() != self.source_digests:
             raise ArtifactError(
                 f"{self.source} changed while the model {self.model.name!r} was being built from it",
                 next_step="run the build again when the checkpoint is complete",

@@ -44,9 +44,10 @@ class TorchReference:
         try:
             self._encoder = self._load(folder)
             self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-        except (OSError, ValueError, ImportError) as error:
+        except Exception as error:  # transformers raises almost anything here
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ExportError(
-                f"Transformers cannot load {folder}: {str(error).strip().splitlines()[0]}",
+                f"Transformers cannot load {folder}: {said}",
                 cause="the checkpoint lacks a file, or needs a package or remote code",
                 next_step="see whether transformers.AutoTokenizer and AutoModel load that folder",
             ) from error
@@ -112,6 +113,9 @@ class TorchReference:
         return answers
 
     def _score(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        if getattr(self._encoder.config, "type_vocab_size", None) == 1:
+            # A BERT tokenizer with a RoBERTa model numbers the second text 1, a type that the model lacks.
+            inputs = {name: value for name, value in inputs.items() if name != "token_type_ids"}
         logits: torch.Tensor = self._encoder(**inputs).logits.float()
         if self.model.task == "rerank":
             return logits[:, 0].sigmoid() if logits.shape[1] == 1 else logits.softmax(1)[:, 1]

@@ -127,7 +127,9 @@ def _card(top: Table) -> Card:
 
 def _models(top: Table) -> dict[str, Model]:
     tables = top.raw("models")
-    if not isinstance(tables, dict) or not tables:
+    if tables is not None and not isinstance(tables, dict):
+        raise top.bad("models", f"must be a table, not {show(tables)}", hint="write [models.<name>]")
+    if not tables:
         raise top.bad("models", "is empty", hint="add a table such as [models.sentiment]")
     if len(tables) > MAX_MODELS:
         raise top.bad("models", f"has {len(tables):,} models", allowed=f"at most {MAX_MODELS}")

@@ -58,7 +58,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     if len(raw) > MAX_FILE_BYTES:
         raise StackError(f"{path}: larger than {MAX_FILE_BYTES:,} bytes", cause="this is not a stack file")
     try:
-        return tomllib.loads(raw.decode("utf-8"))
+        return tomllib.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise StackError(f"{path}: not UTF-8 (line {line})", next_step="save the file as UTF-8") from None

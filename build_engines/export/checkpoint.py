@@ -7,10 +7,11 @@ library's numpy reader refuses it; the format is a length, a JSON table and raw 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,19 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, config, read_weights_table(folder))
 
 
+@contextlib.contextmanager
+def well_formed(path: Path) -> Iterator[None]:
+    """What a block that only reads settings raises over a value of the wrong type, as ExportError."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ExportError(
+            f"{path} holds a value of the wrong type or size: {error}",
+            cause="the file is damaged, or was edited by hand",
+            next_step="correct it, or fetch the checkpoint again",
+        ) from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ExportError(
@@ -119,7 +133,7 @@ def read_json(path: Path) -> dict[str, Any]:
         )
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ExportError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(loaded, dict):
         raise ExportError(f"{path} holds a {type(loaded).__name__}, not a JSON object")
@@ -150,7 +164,7 @@ def read_weights_table(folder: Path) -> dict[str, TensorEntry]:
 
 
 def missing_tensors(checkpoint: Checkpoint, names: list[str]) -> ExportError:
-    architectures = ", ".join(checkpoint.config.get("architectures") or []) or "not stated"
+    architectures = checkpoint.config.get("architectures") or "not stated"
     return ExportError(
         f"{checkpoint.folder}: the weights lack {', '.join(names)}",
         cause=f"the checkpoint is of another architecture (config.json: {architectures}) or incomplete",
@@ -163,9 +177,11 @@ def _read_shards(index: Path) -> dict[str, TensorEntry]:
     if not isinstance(weight_map, dict):
         raise ExportError(f"{index} has no weight_map")
     entries: dict[str, TensorEntry] = {}
-    for shard in sorted(set(weight_map.values())):
+    with well_formed(index):
+        shards = sorted({Path(shard).name for shard in weight_map.values()})
+    for shard in shards:
         # A shard name is a plain file name: an index must not be able to point outside its folder.
-        path = index.parent / Path(shard).name
+        path = index.parent / shard
         if not path.is_file():
             raise ExportError(
                 f"{path} is named by {index.name} but does not exist",
@@ -192,7 +208,7 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
             return {
                 name: _entry(path, 8 + length, info) for name, info in table.items() if name != "__metadata__"
             }
-        except (UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise _damaged(path, f"its header cannot be read ({error})") from error
 
 

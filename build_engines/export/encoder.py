@@ -47,7 +47,7 @@ from typing import Any
 from build_engines.errors import ExportError
 from build_engines.export.architecture import Encoder, harmless_tensors, read_encoder
 from build_engines.export.blocks import Scope, write_encoder
-from build_engines.export.checkpoint import Checkpoint, open_checkpoint
+from build_engines.export.checkpoint import Checkpoint, open_checkpoint, well_formed
 from build_engines.export.graph import GraphBuilder
 from build_engines.export.heads import write_classifier, write_embedding, write_reranker
 from build_engines.export.sentence import encoder_folder, read_sentence
@@ -95,10 +95,12 @@ def export_encoder(
         raise ExportError(f"task {task!r} is not an encoder task; those are {', '.join(TASKS)}")
     folder = encoder_folder(source)
     checkpoint = open_checkpoint(folder)
-    encoder = read_encoder(checkpoint)
+    with well_formed(folder / "config.json"):
+        encoder = read_encoder(checkpoint)
     with_token_types = task == "rerank" and encoder.token_types > 1
     scope = Scope(checkpoint, encoder, GraphBuilder(f"{encoder.family.model_type}-{task}"))
-    sentence = read_sentence(source, pooling, normalize) if task == "embed" else None
+    with well_formed(source):
+        sentence = read_sentence(source, pooling, normalize) if task == "embed" else None
     read = sentence.pooling if sentence else encoder.head_pooling
     hidden = write_encoder(scope, with_token_types=with_token_types, first_token_only=read == "cls")
     labels, dimension = None, None

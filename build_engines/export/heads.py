@@ -9,6 +9,7 @@ import numpy as np
 
 from build_engines.errors import ExportError
 from build_engines.export.blocks import FLOAT, Scope
+from build_engines.export.checkpoint import well_formed
 from build_engines.export.graph import Weight
 from build_engines.export.sentence import Dense, Sentence
 
@@ -102,10 +103,11 @@ def label_names(scope: Scope, count: int) -> list[str]:
 def _logits(scope: Scope, hidden: str) -> int:
     """Write the family's classification head up to the tensor "logits"; return its number of outputs."""
     encoder, checkpoint = scope.encoder, scope.checkpoint
-    architectures = checkpoint.config.get("architectures") or []
-    if architectures and not any(name.endswith("ForSequenceClassification") for name in architectures):
+    with well_formed(checkpoint.folder / "config.json"):
+        architectures = list(checkpoint.config.get("architectures") or [])
+    if architectures and not any(str(name).endswith("ForSequenceClassification") for name in architectures):
         raise ExportError(
-            f"{checkpoint.folder}: {', '.join(architectures)} has no sequence classification head",
+            f"{checkpoint.folder}: {', '.join(map(str, architectures))} has no sequence classification head",
             cause="the checkpoint was trained for another task",
             next_step='use task = "embed", or a checkpoint saved as ...ForSequenceClassification',
         )

@@ -99,7 +99,7 @@ def _modules(source: Path) -> list[dict[str, Any]]:
     try:
         modules = json.loads(path.read_text(encoding="utf-8"))
         return sorted((dict(module) for module in modules), key=lambda module: int(module["idx"]))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ExportError(f"{path} is not a list of sentence-transformers modules: {error!r}") from error
 
 

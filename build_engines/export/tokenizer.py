@@ -54,7 +54,6 @@ def _from_transformers(folder: Path) -> Any:
         from transformers import AutoTokenizer
 
         fast = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        return fast.backend_tokenizer
     except Exception as error:  # transformers raises almost anything here
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ExportError(
@@ -62,6 +61,13 @@ def _from_transformers(folder: Path) -> Any:
             cause="vocabulary files are missing or damaged, or the tokenizer is custom code",
             next_step="fetch the checkpoint again, or choose one with a tokenizer.json",
         ) from error
+    if fast.truncation_side != "right":
+        raise ExportError(
+            f"{folder}: the tokenizer keeps the end of a long text (truncation_side "
+            f"{fast.truncation_side!r}), which is not supported; supported is 'right'",
+            next_step='set truncation_side = "right" in tokenizer_config.json to keep the start instead',
+        )
+    return fast.backend_tokenizer
 
 
 def _lowercases_first(folder: Path) -> bool:

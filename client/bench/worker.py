@@ -102,6 +102,9 @@ class SequenceClassifier:
             max_length=self.max_length,
             return_tensors="pt",
         )
+        if getattr(self.model.config, "type_vocab_size", None) == 1:
+            # A BERT tokenizer with a RoBERTa model numbers the second text 1, a type that the model lacks.
+            inputs.pop("token_type_ids", None)
         return self.model(**inputs).logits.float().numpy()
 
 

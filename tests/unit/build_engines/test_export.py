@@ -459,3 +459,26 @@ def test_a_failed_write_leaves_nothing(
     with pytest.raises(ArtifactError, match="No space left on device"):
         export_encoder(saved["classify"], "classify", tmp_path, external_threshold=1000)
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
+def test_a_tokenizer_that_keeps_the_end_of_long_texts_is_refused(
+    saved: dict[str, Path], tmp_path: Path
+) -> None:
+    source = copy(saved["embed"], tmp_path)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "truncation_side": "left"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ExportError, match=r"truncation_side 'left'.*supported is 'right'"):
+        export_encoder(source, "embed", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"hidden_act": []}, {"layer_norm_eps": "abc"}, {"pad_token_id": [1]}, {"architectures": 5}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_a_value_of_the_wrong_type_names_its_file(
+    saved: dict[str, Path], tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    source = copy(saved["classify"], tmp_path, **settings)
+    with pytest.raises(ExportError, match=r"config\.json holds a value of the wrong type"):
+        export_encoder(source, "classify", tmp_path / "out")

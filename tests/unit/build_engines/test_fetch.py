@@ -459,3 +459,10 @@ def test_a_damaged_config_is_named(folder: Path, dest: Path) -> None:
     (folder / "config.json").write_bytes(b'{"model_type": ')
     with pytest.raises(FetchError, match=r"config\.json: not valid JSON"):
         fetch_model(_folder_model(folder), dest)
+
+
+def test_a_place_that_cannot_be_written_is_named(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FetchError, match=r"file.*Not a directory") as caught:
+        fetch_model(_model(), tmp_path / "file" / "sources" / "model")
+    assert "--build-dir" in str(caught.value)

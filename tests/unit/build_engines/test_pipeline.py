@@ -439,3 +439,45 @@ def test_only_the_models_and_targets_named(checkpoint: Any, data: Path, tmp_path
     stack = stack_of(tmp_path, tables, targets=["onnxruntime", "tensorrt-rtx"])
     engines = build_stack(stack, Lines(), models=["b"], targets=["tensorrt-rtx"])
     assert [(e.manifest["model"], e.manifest["target"]) for e in engines] == [("b", "tensorrt-rtx")]
+
+
+def test_a_stack_may_be_built_inside_its_checkpoint(checkpoint: Any, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint("embed"), tmp_path / "source")
+    table = model_table("embed", tmp_path / "source", data, precisions=["fp32"])
+    stack = stack_of(tmp_path / "source", {"tiny": table})
+    build_stack(stack, Lines())
+    again = Lines()
+    build_stack(stack, again)
+    assert again.made == []
+
+
+def test_swapped_labels_are_judged_anew(checkpoint: Any, data: Path, tmp_path: Path) -> None:
+    """The graph does not hold its labels, so neither its digest nor its answers change with them."""
+    shutil.copytree(checkpoint("classify"), tmp_path / "source")
+    gates = {"min_agreement": 0, "max_accuracy_loss": 1}
+    table = model_table("classify", tmp_path / "source", data, precisions=["fp32"], gates=gates)
+    stack = stack_of(tmp_path, {"tiny": table})
+    build_stack(stack, Lines())
+    path = tmp_path / "source" / "config.json"
+    config = json.loads(path.read_text())
+    config["id2label"] = dict(zip("012", reversed(LABELS), strict=True))
+    path.write_text(json.dumps(config))
+    again = Lines()
+    (engine,) = build_stack(stack, again)
+    assert "fp32" in again.made
+    figures = engine.manifest["gates"]
+    assert figures["graph"]["gate"]["checks"][1] == figures["engine"]["checks"][1]  # accuracy
+
+
+def test_a_tokenizer_with_more_token_types_than_the_model(
+    checkpoint: Any, data: Path, tmp_path: Path
+) -> None:
+    """Korean RoBERTa models come with BERT's tokenizer, which numbers the second text 1."""
+    from small_stack import write_tokenizer
+    from tiny_models import save_tiny
+
+    save_tiny(tmp_path / "source", "roberta", "rerank", type_vocab_size=1, pad_token_id=0)
+    write_tokenizer(tmp_path / "source")
+    table = model_table("rerank", tmp_path / "source", data, precisions=["fp32"])
+    (engine,) = build_stack(stack_of(tmp_path, {"tiny": table}), Lines())
+    assert "token_type_ids" not in engine.manifest["serving"]["inputs"]
