@@ -68,10 +68,15 @@ def main() -> None:
 
 @main.command()
 @click.argument("stack", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--build-dir",
+    type=click.Path(path_type=Path),
+    help="Where the engines are [default: build/<stack name>].",
+)
 @click.option("--target", default="onnxruntime", show_default=True, help="Which engines to serve.")
-@click.option("--out", type=click.Path(path_type=Path), help="Default: build/<stack>/repository.")
+@click.option("--out", type=click.Path(path_type=Path), help="Default: <build dir>/repository.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def write(stack: Path, target: str, out: Path | None, as_json: bool) -> None:
+def write(stack: Path, build_dir: Path | None, target: str, out: Path | None, as_json: bool) -> None:
     """Write the model repository of a stack whose engines are built.
 
     \b
@@ -83,7 +88,7 @@ def write(stack: Path, target: str, out: Path | None, as_json: bool) -> None:
 
     if target not in TARGETS:
         raise click.BadParameter(f"{target!r} is not one of {', '.join(TARGETS)}", param_hint="--target")
-    resolved = load_stack(stack)
+    resolved = load_stack(stack, build_dir=build_dir)
     engines = resolved.build_dir / "engines"
     repository = write_repository(resolved, engines, out or resolved.build_dir / "repository", target=target)
     models = sorted(path.parent.name for path in repository.glob("*/config.pbtxt"))

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from build_engines.errors import RepositoryError, ServerError
 from triton_repo import ports, server_log, shared_memory
@@ -136,8 +136,7 @@ class Server:
 
     def _launch(self, installation: Installation) -> None:
         self._prefix = shared_memory.new_prefix()
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("wb") as log:
+        with self._open_log() as log:
             self._process = subprocess.Popen(
                 self._command(installation),
                 stdin=subprocess.DEVNULL,
@@ -148,6 +147,16 @@ class Server:
                 start_new_session=True,
                 preexec_fn=_die_with_parent(),  # noqa: PLW1509 - one system call, no allocation
             )
+
+    def _open_log(self) -> BinaryIO:
+        try:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            return self.log.open("wb")
+        except OSError as error:
+            raise ServerError(
+                f"the log {self.log} cannot be written: {error.strerror or error}",
+                next_step="name another file with --log",
+            ) from error
 
     def _command(self, installation: Installation) -> list[str]:
         host, own = self.options.host, self.ports

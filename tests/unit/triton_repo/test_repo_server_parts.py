@@ -174,3 +174,12 @@ def test_every_command_has_an_example(command: list[str]) -> None:
     result = CliRunner().invoke(main, [*command, "--help"])
     assert result.exit_code == 0
     assert "Example" in result.output
+
+
+def test_a_log_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "repository" / "model").mkdir(parents=True)
+    (tmp_path / "repository" / "model" / "config.pbtxt").write_text('name: "model"\n')
+    (tmp_path / "file").touch()
+    server = Server(tmp_path / "repository", ServerOptions(log=tmp_path / "file" / "server.log"))
+    with pytest.raises(ServerError, match="--log"):
+        server._open_log()

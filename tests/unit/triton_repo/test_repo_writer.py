@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from repo_fakes import seal
 
 from build_engines import atomic
 from build_engines.errors import ArtifactError, BusyError, RepositoryError
 from build_engines.stack import Stack, load_stack
 from triton_repo import writer
+from triton_repo.cli import main
 from triton_repo.runtime import fingerprint
 from triton_repo.runtime.session import check_files, read_manifest
 from triton_repo.writer import write_repository
@@ -230,3 +232,9 @@ def test_two_writers_do_not_meet(tmp_path: Path) -> None:
     ):
         pass
     assert (tmp_path / "out").is_dir()
+
+
+def test_the_command_line_finds_engines_that_were_built_elsewhere(stack: Stack, tmp_path: Path) -> None:
+    found = CliRunner().invoke(main, ["write", str(stack.path), "--build-dir", str(tmp_path)])
+    assert found.exit_code == 0, found.output
+    assert (tmp_path / "repository" / "sentiment" / "config.pbtxt").is_file()
