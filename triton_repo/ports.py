@@ -21,10 +21,17 @@ class Ports:
 
 
 def free_ports(host: str) -> Ports:
-    """Three different ports that are free on `host` now. Another process may still be quicker."""
-    with contextlib.ExitStack() as stack:
-        # Held together, so that they differ.
-        return Ports(*[stack.enter_context(_bound(host, 0)).getsockname()[1] for _ in range(3)])
+    """Three different ports that are free on `host` now. Another process may still be quicker. Raises
+    ServerError when nothing can listen there."""
+    try:
+        with contextlib.ExitStack() as stack:
+            # Held together, so that they differ.
+            return Ports(*[stack.enter_context(_bound(host, 0)).getsockname()[1] for _ in range(3)])
+    except OSError as error:
+        raise ServerError(
+            f"cannot listen on {host}: {error.strerror or error}",
+            next_step="give --host an address of this machine, 127.0.0.1 or 0.0.0.0",
+        ) from None
 
 
 def check(host: str, ports: Ports) -> None:

@@ -56,6 +56,8 @@ def test_free_ports_differ_and_equal_ones_are_refused() -> None:
         ports.check("127.0.0.1", ports.Ports(9000, 9000, 9001))
     with pytest.raises(ServerError, match=r"cannot listen on 203\.0\.113\.1"):
         ports.check("203.0.113.1", ports.free_ports("127.0.0.1"))
+    with pytest.raises(ServerError, match=r"cannot listen on 203\.0\.113\.1"):
+        ports.free_ports("203.0.113.1")
 
 
 def test_only_regions_of_dead_processes_of_this_namespace_go(
