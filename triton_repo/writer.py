@@ -83,6 +83,12 @@ def _entries(model: Model, engines_dir: Path, target: str) -> list[Entry]:
                 f"{folder}: the engine was built for {wrong}, this place is for {expected}",
                 next_step="build the engine again: build-engines build",
             )
+        if (built := manifest["serving"]["overflow"]) != model.overflow:
+            raise ArtifactError(
+                f"{folder}: the engine was built with overflow = {built!r}, the stack file says "
+                f"{model.overflow!r}",
+                next_step="build it again, which takes seconds: build-engines build",
+            )
         entries.append(Entry(name, model, folder, manifest))
     return entries
 

@@ -234,6 +234,14 @@ def test_two_writers_do_not_meet(tmp_path: Path) -> None:
     assert (tmp_path / "out").is_dir()
 
 
+def test_engines_of_another_overflow_rule_are_refused(stack: Stack, tmp_path: Path) -> None:
+    path = tmp_path / "stack.toml"
+    path.write_text(STACK.replace('task = "rerank"', 'task = "rerank"\noverflow = "refuse"'))
+    changed = load_stack(path, build_dir=tmp_path)
+    with pytest.raises(ArtifactError, match=r"'truncate', the stack file says 'refuse'"):
+        write_repository(changed, tmp_path / "engines", tmp_path / "repository")
+
+
 def test_the_command_line_finds_engines_that_were_built_elsewhere(stack: Stack, tmp_path: Path) -> None:
     found = CliRunner().invoke(main, ["write", str(stack.path), "--build-dir", str(tmp_path)])
     assert found.exit_code == 0, found.output
