@@ -51,7 +51,14 @@ def served_by_command(
     repository: Path, *words: str
 ) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
     command = [*SERVE, str(repository), "--free-ports", "--json", *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test run in the background ignores SIGINT, and its children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+    )
     try:
         assert process.stdout is not None
         line = process.stdout.readline()

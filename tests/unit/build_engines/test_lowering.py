@@ -45,13 +45,22 @@ def outputs(model: Model, arrays: dict[str, Any], *, optimize: bool) -> list[np.
 
 
 def assert_same(first: Model, second: Model, *, token_types: bool, tolerance: float = 1e-5) -> None:
-    """`first` without any optimization of the runtime's, `second` as it is served."""
+    """`first` without any optimization of the runtime's, `second` as it is served.
+
+    The signed graph multiplies in float32, the lowered one in integers: an activation halfway between two
+    codes may round the other way in the next layer. That is one code in one row, now and then; a wrong zero
+    point or scale is every row.
+    """
+    rows: list[float] = []
     for shape in SHAPES:
         arrays = batch(shape, 0, token_types, seed=11)
         for expected, found in zip(
             outputs(first, arrays, optimize=False), outputs(second, arrays, optimize=True), strict=True
         ):
-            np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max(), rtol=0)
+            apart = np.abs(found - expected) / np.abs(expected).max()
+            rows += apart.reshape(len(apart), -1).max(axis=1).tolist()
+    assert max(rows) < max(tolerance, 5e-3)
+    assert np.mean(np.array(rows) < tolerance) > 0.75
 
 
 def served_ops(model: Model, tmp_path: Path) -> Counter[str]:
