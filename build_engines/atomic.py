@@ -26,7 +26,7 @@ def replaced_folder(out: Path) -> Iterator[Path]:
     """
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(out.parent / f".{out.name}.lock", out):
+    with locked(out.parent / f".{out.name}.lock", f"{out} is being written by another process"):
         for leftover in out.parent.glob(f".{out.name}.aside-*"):
             shutil.rmtree(leftover)
         aside = out.parent / f".{out.name}.aside-{os.getpid()}"
@@ -60,14 +60,13 @@ def link_or_copy(source: Path, destination: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, out: Path) -> Iterator[None]:
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Hold the lock file `path`; BusyError(`busy`) if another process does. A dead holder's lock is free."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BusyError(
-                f"{out} is being written by another process", next_step="wait for it, then run again"
-            ) from None
+            raise BusyError(busy, next_step="wait for it, then run again") from None
         yield
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -19,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from build_engines.atomic import link_or_copy, replaced_folder
-from build_engines.errors import BusyError, FetchError
+from build_engines.atomic import link_or_copy, locked, replaced_folder
+from build_engines.errors import FetchError
 from build_engines.fetch_convert import convert_pickles
 from build_engines.fetch_hub import Repository, download, read_repository, sha256
 from build_engines.fetch_rules import (
@@ -248,11 +247,6 @@ def _lock(dest: Path) -> Iterator[None]:
     lock.
     """
     dest.parent.mkdir(parents=True, exist_ok=True)
-    with dest.with_name(f".{dest.name}.fetch-lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BusyError(
-                f"{dest} is being fetched by another process", next_step="wait for it, then run again"
-            ) from None
+    lock = dest.with_name(f".{dest.name}.fetch-lock")
+    with locked(lock, f"{dest} is being fetched by another process"):
         yield
