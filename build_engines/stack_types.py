@@ -8,7 +8,7 @@ from typing import Final, Literal
 
 from build_engines.cards import Card
 
-Task = Literal["classify", "embed", "rerank"]
+Task = Literal["classify", "embed", "rerank", "generate"]
 Precision = Literal["int8", "int8-weights", "fp16", "fp32"]
 Target = Literal["onnxruntime", "tensorrt-rtx", "tensorrt"]
 Overflow = Literal["truncate", "refuse"]
@@ -16,8 +16,10 @@ Pooling = Literal["mean", "cls"]
 CalibrationMethod = Literal["minmax", "percentile", "entropy"]
 Smoothing = Literal["auto", "off"]
 Family = Literal["bert", "roberta", "xlm-roberta", "electra", "distilbert", "modernbert"]
+DecoderFamily = Literal["llama", "mistral", "qwen2", "qwen3", "exaone", "exaone4"]
+TableType = Literal["fp16", "int8"]
 
-TASKS: Final = ("classify", "embed", "rerank")
+TASKS: Final = ("classify", "embed", "rerank", "generate")
 PRECISIONS: Final = ("int8", "int8-weights", "fp16", "fp32")
 TARGETS: Final = ("onnxruntime", "tensorrt-rtx", "tensorrt")
 OVERFLOWS: Final = ("truncate", "refuse")
@@ -25,11 +27,24 @@ POOLINGS: Final = ("mean", "cls")
 METHODS: Final = ("minmax", "percentile", "entropy")
 SMOOTHINGS: Final = ("auto", "off")
 FAMILIES: Final = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "modernbert")
-# Bundled sets by the tasks that can read them: groups of passages, or (labelled) texts.
-BUNDLED_SETS: Final = {"classify": "reviews", "embed": "reviews", "rerank": "ranking"}
+# SOLAR and EEVE are `llama` by their config.json; `exaone` is 3.x, `exaone4` what Transformers calls so.
+DECODER_FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3", "exaone", "exaone4")
+# What an LLM can be compiled to. INT8 activations (`int8`) are for encoders.
+GENERATE_PRECISIONS: Final = ("int8-weights", "fp16", "fp32")
+TABLE_TYPES: Final = ("fp16", "int8")
+# Bundled sets by the tasks that can read them: groups of passages, (labelled) texts, or conversations.
+BUNDLED_SETS: Final = {
+    "classify": "reviews",
+    "embed": "reviews",
+    "rerank": "ranking",
+    "generate": "conversations",
+}
 BUNDLED_SPLITS: Final = ("train", "calibration", "evaluation")
 DATA_SUFFIXES: Final = (".jsonl", ".csv", ".txt")
 MAX_MODELS: Final = 64
+# Rows of the rotary tables that an exported LLM carries, at most: 32 MB in FP32 for heads of 128.
+MAX_CAPACITY: Final = 32_768
+MAX_SLOTS: Final = 256
 # The driver keeps about 400 MiB of a GeForce card for itself, and a desktop takes about 350 (docs/plan.md).
 DEFAULT_RESERVE_MIB: Final = 768
 # Every engine instance is a process of its own, with its own CUDA context.
@@ -66,6 +81,7 @@ class Gates:
     max_accuracy_loss: float | None = None
     max_ndcg_loss: float | None = None
     min_fp16_cosine: float | None = None
+    max_perplexity_increase: float | None = None
 
 
 DEFAULT_GATES: Final[dict[str, dict[str, float]]] = {
@@ -77,16 +93,22 @@ DEFAULT_GATES: Final[dict[str, dict[str, float]]] = {
     },
     "classify": {"min_agreement": 0.99, "max_accuracy_loss": 0.01, "min_fp16_cosine": 0.9999},
     "rerank": {"min_spearman": 0.99, "max_ndcg_loss": 0.01, "min_fp16_cosine": 0.9999},
+    # Relative: 0.01 lets the perplexity rise by 1%.
+    "generate": {"max_perplexity_increase": 0.01},
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Queue:
-    """Triton's queue for one model. Priorities run from 1 (first) to `priority_levels`; 0 levels: none.
+    """What may wait for one model. Priorities run from 1 (first) to `priority_levels`; 0 levels: none.
 
-    `max_size` and `timeout_ms` 0: unbounded, requests wait until their client gives up. That is the default
-    because any bound or priority makes Triton stop preparing the next batch while one runs, and a request may
-    then sit in an idle queue for up to half a second (triton_repo.config_pbtxt.BatchingSpec).
+    Of an encoder it is Triton's queue. `max_size` and `timeout_ms` 0: unbounded, requests wait until their
+    client gives up. That is the default because any bound or priority makes Triton stop preparing the next
+    batch while one runs, and a request may then sit in an idle queue for up to half a second
+    (triton_repo.config_pbtxt.BatchingSpec).
+
+    An LLM's requests wait for a slot in its own scheduler: `max_size` and `timeout_ms` are always bounds
+    there, and the other three have no meaning.
     """
 
     max_size: int = 0
@@ -117,8 +139,35 @@ class ModelShape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderShape:
+    """The sizes that decide an LLM's memory. `ffn`: width of one of the two branches of the gated FFN.
+
+    `kv_heads`: heads of key and value, which `heads` share in groups. `positions`: tokens that a sequence
+    can have. `tied`: the checkpoint's output projection is its embedding table.
+    """
+
+    family: DecoderFamily
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    positions: int
+    tied: bool = False
+    qkv_bias: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """One model of the stack. `source_dir` is the checkpoint's folder, or None when `source` is a hub id."""
+    """One model of the stack. `source_dir` is the checkpoint's folder, or None when `source` is a hub id.
+
+    Of `generate` models only: `slots` sequences run at once, each of at most `max_length` tokens (prompt and
+    answer together); 0 leaves either open until `build_engines.plan.resolve_open` has chosen. A prompt is
+    read in steps of `prefill_chunk` tokens. `embedding` and `head` are the stored types of the two tables
+    in `int8-weights`.
+    """
 
     name: str
     task: Task
@@ -131,7 +180,7 @@ class Model:
     overflow: Overflow = "truncate"
     pooling: Pooling | None = None
     normalize: bool = True
-    shape: ModelShape | None = None
+    shape: ModelShape | DecoderShape | None = None
     allow_pickle: bool = False
     allow_remote_code: bool = False
     calibration: Calibration = Calibration()
@@ -140,6 +189,10 @@ class Model:
     queue: Queue = Queue()
     cache: bool = False
     instances: int = 1
+    slots: int = 0
+    prefill_chunk: int = 128
+    embedding: TableType = "fp16"
+    head: TableType = "int8"
 
     @property
     def variants(self) -> dict[Precision, str]:

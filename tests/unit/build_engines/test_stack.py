@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from build_engines import stack as stack_module
-from build_engines import stack_fields
+from build_engines import stack_fields, stack_model
 from build_engines.errors import StackError
-from build_engines.stack import load_stack
+from build_engines.stack import DecoderShape, ModelShape, load_stack
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -59,6 +59,31 @@ VALID: dict[str, Any] = {
             },
         },
         "reranker": {"task": "rerank", "source": "owner/reranker"},
+        "assistant": {
+            "task": "generate",
+            "source": "owner/llm",
+            "precisions": ["int8-weights", "fp16"],
+            "slots": 4,
+            "max_length": 1024,
+            "prefill_chunk": 256,
+            "embedding": "int8",
+            "head": "fp16",
+            "evaluation": "talks.jsonl",
+            "calibration": {"data": "bundled:conversations:calibration", "samples": 16},
+            "gates": {"max_perplexity_increase": 0.02},
+            "queue": {"max_size": 32, "timeout_ms": 2000},
+            "shape": {
+                "family": "llama",
+                "layers": 48,
+                "hidden": 4096,
+                "ffn": 14336,
+                "heads": 32,
+                "kv_heads": 8,
+                "vocabulary": 40960,
+                "positions": 4096,
+            },
+        },
+        "talker": {"task": "generate", "source": "owner/small"},
     },
 }
 
@@ -109,7 +134,7 @@ def test_reads_everything(tmp_path: Path) -> None:
     stack = load_stack(_write(tmp_path, VALID))
     assert (stack.name, stack.card.compute_capability, stack.reserve_mib) == ("mine", "12.0", 1000)
     assert stack.build_dir == Path("build/mine")
-    sentiment, embedder, reranker = stack.models.values()
+    sentiment, embedder, reranker, _, _ = stack.models.values()
     assert sentiment.source_dir == tmp_path.parent / "models" / "classifier"
     assert sentiment.calibration.data is not None
     assert sentiment.calibration.data.path == tmp_path / "texts.csv"
@@ -122,12 +147,38 @@ def test_reads_everything(tmp_path: Path) -> None:
     assert sentiment.variants == {"int8": "sentiment", "fp16": "sentiment-fp16"}
     assert embedder.source_dir is None
     assert (embedder.pooling, embedder.normalize, embedder.revision) == ("cls", False, "v1.2")
-    assert embedder.shape is not None
+    assert isinstance(embedder.shape, ModelShape)
     assert (embedder.shape.embedding, embedder.shape.positions) == (768, 512)
     assert (reranker.max_batch, reranker.max_length, reranker.overflow) == (64, 256, "truncate")
     assert reranker.gates.max_ndcg_loss == 0.01
     assert stack.checkpoint_dir(embedder) == Path("build/mine/sources/embedder")
     assert stack.checkpoint_dir(sentiment) == sentiment.source_dir
+
+
+def test_reads_everything_of_an_llm(tmp_path: Path) -> None:
+    *_, model, talker = load_stack(_write(tmp_path, VALID)).models.values()
+    assert (model.slots, model.max_length, model.prefill_chunk) == (4, 1024, 256)
+    assert (model.embedding, model.head, model.overflow) == ("int8", "fp16", "refuse")
+    assert (model.queue.max_size, model.queue.timeout_ms) == (32, 2000)
+    assert model.gates.max_perplexity_increase == 0.02
+    assert model.gates.min_fp16_cosine is None
+    assert model.calibration.samples == 16
+    assert model.evaluation is not None
+    assert model.evaluation.path == tmp_path / "talks.jsonl"
+    assert isinstance(model.shape, DecoderShape)
+    assert (model.shape.kv_heads, model.shape.head_dim, model.shape.tied) == (8, 128, False)
+    # Left open: the plan chooses slots and length, everything else has its default.
+    assert (talker.slots, talker.max_length, talker.prefill_chunk) == (0, 0, 128)
+    assert (talker.precisions, talker.embedding, talker.head) == (("int8-weights",), "fp16", "int8")
+    assert (talker.queue.max_size, talker.queue.timeout_ms) == (256, 60_000)
+    assert (talker.gates.max_perplexity_increase, talker.calibration.samples) == (0.01, 64)
+
+
+def test_a_chunk_is_no_longer_than_a_slot(tmp_path: Path) -> None:
+    short = _changed("models.talker.max_length", 64)
+    assert load_stack(_write(tmp_path, short)).models["talker"].prefill_chunk == 64
+    short["models"]["talker"]["prefill_chunk"] = 128
+    assert "at most max_length = 64" in _refused(tmp_path, short)
 
 
 def test_the_files_in_the_repository_load() -> None:
@@ -137,7 +188,7 @@ def test_the_files_in_the_repository_load() -> None:
         assert all(model.evaluation and model.calibration.data for model in stack.models.values())
     for name in ("demo", "korean-reviews"):
         models = load_stack(REPOSITORY / "stacks" / f"{name}.toml").models
-        assert [model.task for model in models.values()] == ["classify", "embed", "rerank"]
+        assert [model.task for model in models.values()] == ["classify", "embed", "rerank", "generate"]
 
 
 def test_the_name_is_the_files_by_default(tmp_path: Path) -> None:
@@ -174,7 +225,34 @@ def test_an_unknown_key_names_itself_and_the_nearest(tmp_path: Path, key: str, n
         ("models", {}, "is empty"),
         ("models", 3, "models"),
         ("models.sentiment", 3, "must be a table"),
-        ("models.sentiment.task", "generate", "allowed: classify, embed, rerank"),
+        ("models.sentiment.task", "generat", "did you mean 'generate'"),
+        ("models.sentiment.slots", 4, "for generate only"),
+        ("models.embedder.head", "int8", "for generate only"),
+        ("models.embedder.shape.kv_heads", 2, "allowed here: family"),
+        ("models.assistant.precisions", ["int8"], 'write "int8-weights"'),
+        ("models.assistant.precisions", ["int4"], "allowed: int8-weights, fp16, fp32"),
+        ("models.assistant.max_batch", 8, "slots says how many sequences"),
+        ("models.assistant.overflow", "truncate", "always refused, with both lengths"),
+        ("models.assistant.pooling", "mean", "for embed only"),
+        ("models.assistant.normalize", True, "for embed only"),
+        ("models.assistant.cache", True, "cannot cache streamed answers"),
+        ("models.assistant.instances", 2, "raise slots"),
+        ("models.assistant.slots", -1, "from 0 to 256 slots"),
+        ("models.assistant.max_length", 15, "0: the plan chooses"),
+        ("models.assistant.max_length", 65536, "32,768"),
+        ("models.assistant.prefill_chunk", 2048, "at most max_length = 1024"),
+        ("models.assistant.embedding", "int4", "allowed: fp16, int8"),
+        ("models.assistant.calibration.method", "entropy", "only weights are quantized"),
+        ("models.assistant.calibration.smoothing", "off", "only weights are quantized"),
+        ("models.assistant.queue.priority_levels", 2, "served in turn"),
+        ("models.assistant.queue.max_delay_us", 0, "join the running batch"),
+        ("models.assistant.queue.max_size", 0, "from 1"),
+        ("models.assistant.gates.min_fp16_cosine", 0.9, "allowed here: max_perplexity_increase"),
+        ("models.assistant.evaluation", "bundled:reviews:evaluation", "bundled:conversations:evaluation"),
+        ("models.assistant.evaluation", "talks.parquet", "bundled:conversations:<split>"),
+        ("models.assistant.shape.family", "bert", "llama, mistral, qwen2, qwen3, exaone, exaone4"),
+        ("models.assistant.shape.kv_heads", 5, "a divisor of heads = 32"),
+        ("models.assistant.shape.positions", ..., "positions is missing"),
         ("models.sentiment.task", ..., "models.sentiment.task is missing"),
         ("models.sentiment.source", ..., "models.sentiment.source is missing"),
         ("models.sentiment.source", "a/b/c", 'starts with "./"'),
@@ -322,12 +400,15 @@ def _load_or_refuse(path: Path) -> None:
 
 def test_the_reference_names_every_key() -> None:
     reference = (REPOSITORY / "docs" / "stack-file.md").read_text(encoding="utf-8")
-    keys: set[str] = (
-        set(stack_module._STACK_KEYS) | set(stack_module._MODEL_KEYS) | set(stack_module._CALIBRATION_KEYS)
-    )
-    keys |= (
-        set(stack_module._QUEUE_KEYS) | set(stack_module._SHAPE_KEYS) | set(stack_module._CUSTOM_CARD_KEYS)
-    )
+    keys = {
+        *stack_module._STACK_KEYS,
+        *stack_module._CUSTOM_CARD_KEYS,
+        *stack_model.MODEL_KEYS,
+        *stack_model.CALIBRATION_KEYS,
+        *stack_model.QUEUE_KEYS,
+        *stack_model.SHAPE_KEYS,
+        *stack_model.DECODER_SHAPE_KEYS,
+    }
     keys |= {key for gates in stack_module.DEFAULT_GATES.values() for key in gates}
     sections = {"shape", "gates", "queue", "calibration"}
     missing = {key for key in keys - sections if key not in re.findall(r"\w+", reference)}
