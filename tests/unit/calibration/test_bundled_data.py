@@ -38,7 +38,9 @@ def test_counts_and_size(reviews: dict[str, list[Review]], groups: dict[str, lis
     assert {split: len(rows) for split, rows in reviews.items()} == REVIEWS
     assert {split: len(rows) for split, rows in groups.items()} == GROUPS
     folder = data_file("bundled:reviews:train").parent
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 1_000_000
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert max(sizes.values()) < 1_000_000
+    assert sum(size for name, size in sizes.items() if name.startswith("conversations")) < 900_000
 
 
 @pytest.mark.parametrize("split", SPLITS)

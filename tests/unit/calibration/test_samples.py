@@ -177,6 +177,7 @@ FIRST_OF_SEED_7 = ["t004", "t007"]
         ("bundled:reviews:evaluate", "did you mean 'evaluation'"),
         ("bundled:reviews", "three parts"),
         ("bundled:ranking:train", "use 'bundled:reviews:train'"),
+        ("bundled:conversations:train", "use 'bundled:reviews:train'"),
     ],
 )
 def test_an_unknown_bundled_name_gets_the_nearest(ref: str, message: str) -> None:
