@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -78,13 +78,20 @@ def verify_graph(path: Path) -> None:
         raise ExportError(f"onnx.checker refuses {path.name}: {error}") from error
 
 
-def store_external(tensor: onnx.TensorProto, payload: memoryview, data: IO[bytes], location: str) -> None:
-    """Append `payload` to `data`, the file `location` beside the graph, and let `tensor` point there."""
+def store_external(
+    tensor: onnx.TensorProto, payload: memoryview | Iterable[memoryview], data: IO[bytes], location: str
+) -> None:
+    """Append `payload` to `data`, the file `location` beside the graph, and let `tensor` point there.
+
+    A tensor too large for memory comes in pieces, which are written as they come.
+    """
     from onnx import TensorProto
 
     data.write(b"\0" * (-data.tell() % _ALIGNMENT))
-    entries = {"location": location, "offset": str(data.tell()), "length": str(payload.nbytes)}
-    data.write(payload)
+    start = data.tell()
+    for piece in (payload,) if isinstance(payload, memoryview) else payload:
+        data.write(piece)
+    entries = {"location": location, "offset": str(start), "length": str(data.tell() - start)}
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
     del tensor.external_data[:]
@@ -108,6 +115,25 @@ def _check_external_files(model: onnx.ModelProto, folder: Path) -> None:
                 cause="the graph was copied without its .data file, or the copy was cut short",
                 next_step="copy both files together, or run the export again",
             )
+
+
+def fix_dimension(model: onnx.ModelProto, name: str, size: int) -> None:
+    """Give the symbolic dimension `name` of a graph's inputs and outputs the fixed `size`, in place.
+
+    Raises:
+        ArtifactError: no input has such a dimension.
+    """
+    graph = model.graph
+    values = (*graph.input, *graph.output, *graph.value_info)
+    dims = [dim for value in values for dim in value.type.tensor_type.shape.dim if dim.dim_param == name]
+    if not dims:
+        raise ArtifactError(
+            f"the graph has no dimension called {name!r}",
+            cause="it was written by another version, or is no graph of a causal LM",
+            next_step="run `build-engines build STACK` again",
+        )
+    for dim in dims:
+        dim.dim_value = size  # of one protobuf oneof with dim_param, which this clears
 
 
 @contextlib.contextmanager

@@ -79,6 +79,23 @@ class Checkpoint:
 
     def read(self, name: str) -> FloatArray:
         """Return the tensor as contiguous float32, whatever float type it is stored in."""
+        entry = self.float_entry(name)
+        count = int(np.prod(entry.shape, dtype=np.int64))
+        raw: Array = np.fromfile(entry.file, dtype=_NUMPY_TYPES[entry.dtype], count=count, offset=entry.start)
+        if raw.size != count:
+            raise _damaged(entry.file, "it ends before its last tensor")
+        return widened(raw, entry.dtype).reshape(entry.shape)
+
+    def mapped(self, name: str) -> Array:
+        """The stored tensor mapped into memory, for `widened` in parts: no byte is read before it is used."""
+        entry = self.float_entry(name)
+        try:
+            return np.memmap(entry.file, _NUMPY_TYPES[entry.dtype], "r", entry.start, entry.shape)
+        except (OSError, ValueError) as error:
+            raise _damaged(entry.file, str(error)) from error
+
+    def float_entry(self, name: str) -> TensorEntry:
+        """The entry of a tensor that is stored as floats, or ExportError."""
         entry = self.entry(name)
         if entry.dtype not in _NUMPY_TYPES:
             raise ExportError(
@@ -86,19 +103,22 @@ class Checkpoint:
                 cause="the checkpoint was quantized already",
                 next_step="export from the original FP32, FP16 or BF16 checkpoint",
             )
-        count = int(np.prod(entry.shape, dtype=np.int64))
-        raw: Array = np.fromfile(entry.file, dtype=_NUMPY_TYPES[entry.dtype], count=count, offset=entry.start)
-        if raw.size != count:
-            raise _damaged(entry.file, "it ends before its last tensor")
-        if entry.dtype == "BF16":
-            raw = (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
-        return np.ascontiguousarray(raw, dtype=np.float32).reshape(entry.shape)
+        return entry
 
     def unused(self, harmless: Iterable[str]) -> list[str]:
         """Names neither read nor matched by one of the `harmless` regular expressions."""
         patterns = [re.compile(pattern) for pattern in harmless]
         left = (name for name in self.entries if name not in self.used)
         return sorted(name for name in left if not any(p.search(name) for p in patterns))
+
+
+def widened(raw: Array, dtype: str) -> FloatArray:
+    """Stored values as contiguous float32; BF16 is the upper half of a float32."""
+    if dtype == "BF16":
+        wide = np.ascontiguousarray(raw).astype(np.uint32)
+        wide <<= np.uint32(16)
+        return wide.view(np.float32)
+    return np.ascontiguousarray(raw, dtype=np.float32)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -7,7 +7,7 @@ graph plus one tensor.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,11 +34,16 @@ IR_VERSION = 11  # the first IR that carries opset 23; every runtime here reads 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """An initializer that is not loaded yet; `load` must return `shape` in `dtype`."""
+    """An initializer that is not loaded yet; `load` must return `shape` in `dtype`.
+
+    Where `pieces` is given, external data is written from it: consecutive parts along the first axis, so
+    that a tensor of any size passes through little memory.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     load: Callable[[], Array]
+    pieces: Callable[[], Iterator[Array]] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -48,8 +53,10 @@ class Weight:
 class GraphBuilder:
     """Collects nodes in topological order. Every node has a name, every tensor is written once."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, opset: int = OPSET, ir_version: int = IR_VERSION) -> None:
         self.name = name
+        self.opset = opset
+        self.ir_version = ir_version
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
         self.nodes: list[onnx.NodeProto] = []
@@ -57,21 +64,17 @@ class GraphBuilder:
         self._tensors: set[str] = set()
         self._node_names: set[str] = set()
 
-    def input(self, name: str, shape: Sequence[str | int]) -> str:
-        """Declare an int64 graph input; symbolic dimensions are strings."""
-        from onnx import TensorProto, helper
-
+    def input(self, name: str, shape: Sequence[str | int], dtype: Any = np.int64) -> str:
+        """Declare a graph input; symbolic dimensions are strings."""
         self._claim_tensor(name)
-        self.inputs.append(helper.make_tensor_value_info(name, TensorProto.INT64, list(shape)))
+        self.inputs.append(_value_info(name, shape, dtype))
         return name
 
-    def output(self, name: str, shape: Sequence[str | int]) -> None:
-        """Declare a float32 graph output; the tensor must exist by now."""
-        from onnx import TensorProto, helper
-
+    def output(self, name: str, shape: Sequence[str | int], dtype: Any = np.float32) -> None:
+        """Declare a graph output; the tensor must exist by now."""
         if name not in self._tensors:
             raise AssertionError(f"graph output {name} is no tensor")
-        self.outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, list(shape)))
+        self.outputs.append(_value_info(name, shape, dtype))
 
     def constant(self, name: str, value: Array) -> str:
         """A small initializer; asking twice for the same name returns the first."""
@@ -132,38 +135,67 @@ class GraphBuilder:
             ArtifactError: the disk is full.
             ExportError: onnx.checker refuses the graph.
         """
-        from onnx import helper
-
         with written_aside(path) as draft:
             external = sum(weight.nbytes for weight in self.weights.values()) > external_threshold
             data = (draft.parent / f"{path.name}.data").open("wb") if external else None
             with data or contextlib.nullcontext():
                 initializers = [self._initializer(name, w, data, path) for name, w in self.weights.items()]
-            graph = helper.make_graph(self.nodes, self.name, self.inputs, self.outputs, initializers)
-            opsets = [helper.make_opsetid("", OPSET)]
-            model = helper.make_model(
-                graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="onecard"
-            )
-            draft.write_bytes(model.SerializeToString())
+            draft.write_bytes(self._model(initializers).SerializeToString())
             verify_graph(draft)
+
+    def model(self) -> onnx.ModelProto:
+        """The graph with its weights inside, for small ones."""
+        return self._model([self._initializer(name, w, None, Path()) for name, w in self.weights.items()])
+
+    def _model(self, initializers: list[onnx.TensorProto]) -> onnx.ModelProto:
+        from onnx import helper
+
+        return helper.make_model(
+            helper.make_graph(self.nodes, self.name, self.inputs, self.outputs, initializers),
+            opset_imports=[helper.make_opsetid("", self.opset)],
+            ir_version=self.ir_version,
+            producer_name="onecard",
+        )
 
     def _initializer(self, name: str, weight: Weight, data: Any, path: Path) -> onnx.TensorProto:
         from onnx import TensorProto, helper
 
+        tensor = TensorProto(name=name, dims=list(weight.shape))
+        tensor.data_type = helper.np_dtype_to_tensor_dtype(weight.dtype)
+        external = data is not None and weight.nbytes >= SMALLEST_EXTERNAL
+        if external and weight.pieces is not None:
+            store_external(tensor, _checked_pieces(name, weight), data, f"{path.name}.data")
+            return tensor
         array = np.asarray(weight.load(), order="C")
         if array.shape != weight.shape or array.dtype != weight.dtype:
             raise AssertionError(
                 f"{name}: {array.dtype} {array.shape} instead of {weight.dtype} {weight.shape}"
             )
-        tensor = TensorProto(name=name, dims=list(array.shape))
-        tensor.data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
-        if data is None or array.nbytes < SMALLEST_EXTERNAL:
-            tensor.raw_data = array.tobytes()
-        else:
+        if external:
             store_external(tensor, memoryview(array.tobytes()), data, f"{path.name}.data")
+        else:
+            tensor.raw_data = array.tobytes()
         return tensor
 
     def _claim_tensor(self, name: str) -> None:
         if name in self._tensors:
             raise AssertionError(f"tensor {name} is written twice")
         self._tensors.add(name)
+
+
+def _value_info(name: str, shape: Sequence[str | int], dtype: Any) -> onnx.ValueInfoProto:
+    from onnx import helper
+
+    return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), list(shape))
+
+
+def _checked_pieces(name: str, weight: Weight) -> Iterator[memoryview]:
+    """The bytes of a weight's pieces; they must add up to its shape."""
+    rows = 0
+    for piece in weight.pieces() if weight.pieces else ():
+        if piece.shape[1:] != weight.shape[1:] or piece.dtype != weight.dtype:
+            raise AssertionError(f"{name}: a piece is {piece.dtype} {piece.shape}, the whole {weight.shape}")
+        rows += piece.shape[0]
+        yield np.ascontiguousarray(piece).data.cast("B")
+    if rows != weight.shape[0]:
+        raise AssertionError(f"{name}: {rows} rows instead of {weight.shape[0]}")

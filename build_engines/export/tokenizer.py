@@ -9,7 +9,7 @@ from build_engines.errors import ExportError
 from build_engines.export.checkpoint import read_json
 
 
-def write_tokenizer(folder: Path, out: Path, vocabulary: int) -> Path:
+def write_tokenizer(folder: Path, out: Path, vocabulary: int, *, truncates: bool = True) -> Path:
     """Write `out`/tokenizer.json for the checkpoint in `folder`.
 
     Where there is a tokenizer_config.json, transformers loads the tokenizer: it lets that file decide (lower
@@ -17,6 +17,7 @@ def write_tokenizer(folder: Path, out: Path, vocabulary: int) -> Path:
 
     Args:
         vocabulary: rows of the embedding table; the tokenizer must not know a larger id.
+        truncates: whether the server cuts long texts to the model's length; a causal LM's refuses them.
 
     Raises:
         ExportError: there is no usable tokenizer, or it belongs to another model.
@@ -26,7 +27,7 @@ def write_tokenizer(folder: Path, out: Path, vocabulary: int) -> Path:
     source = folder / "tokenizer.json"
     try:
         alone = source.is_file() and not (folder / "tokenizer_config.json").is_file()
-        tokenizer = Tokenizer.from_file(str(source)) if alone else _from_transformers(folder)
+        tokenizer = Tokenizer.from_file(str(source)) if alone else _from_transformers(folder, truncates)
     except ExportError:
         raise
     except Exception as error:  # tokenizers raises plain Exception
@@ -42,6 +43,9 @@ def write_tokenizer(folder: Path, out: Path, vocabulary: int) -> Path:
             cause="they belong to different models, or tokens were added without resizing the model",
             next_step="use the tokenizer that was saved with these weights",
         )
+    if not truncates:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
     if _lowercases_first(folder):
         _prepend_lowercase(tokenizer)
     target = out / "tokenizer.json"
@@ -49,7 +53,7 @@ def write_tokenizer(folder: Path, out: Path, vocabulary: int) -> Path:
     return target
 
 
-def _from_transformers(folder: Path) -> Any:
+def _from_transformers(folder: Path, truncates: bool) -> Any:
     try:
         from transformers import AutoTokenizer
 
@@ -61,7 +65,7 @@ def _from_transformers(folder: Path) -> Any:
             cause="vocabulary files are missing or damaged, or the tokenizer is custom code",
             next_step="fetch the checkpoint again, or choose one with a tokenizer.json",
         ) from error
-    if fast.truncation_side != "right":
+    if truncates and fast.truncation_side != "right":
         raise ExportError(
             f"{folder}: the tokenizer keeps the end of a long text (truncation_side "
             f"{fast.truncation_side!r}), which is not supported; supported is 'right'",
