@@ -98,7 +98,8 @@ def positions_and_masks(
         capacity = graph.node("Squeeze", ["capacity.output", axis], "capacity.scalar")
         keys = graph.node("Range", [zero, capacity, one], "key_range")
     else:
-        positions = graph.node("Unsqueeze", [steps, axis], "positions")
+        rows = graph.node("Shape", [ids], "positions.shape", start=0, end=2)
+        positions = graph.node("Expand", [steps, rows], "positions")
         keys = steps
     asking = graph.node("Unsqueeze", [positions, blocks.integers("axes.1.3", [1, 3])], "mask.queries")
     masks: dict[int | None, str] = {None: graph.node("LessOrEqual", [keys, asking], "mask.global")}
