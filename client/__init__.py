@@ -4,6 +4,7 @@ from .async_client import AsyncClient
 from .client import Client
 from .errors import (
     BenchError,
+    Cancelled,
     ClientError,
     ConnectionLost,
     DeadlineExceeded,
@@ -18,18 +19,38 @@ from .errors import (
     Unreachable,
 )
 from .retry import RetryPolicy
-from .types import Classification, Embedding, ModelInfo, ModelStatus, Ranked, ServerStatus
+from .streams import AsyncStream, Stream
+from .types import (
+    Classification,
+    Delta,
+    Embedding,
+    Generation,
+    GenerationStatus,
+    Message,
+    ModelInfo,
+    ModelStatus,
+    Ranked,
+    Sample,
+    ServerStatus,
+    Usage,
+)
 
 __all__ = [
     "AsyncClient",
+    "AsyncStream",
     "BenchError",
+    "Cancelled",
     "Classification",
     "Client",
     "ClientError",
     "ConnectionLost",
     "DeadlineExceeded",
+    "Delta",
     "Embedding",
+    "Generation",
+    "GenerationStatus",
     "InvalidInput",
+    "Message",
     "ModelInfo",
     "ModelNotReady",
     "ModelStatus",
@@ -38,9 +59,12 @@ __all__ = [
     "QueueTimeout",
     "Ranked",
     "RetryPolicy",
+    "Sample",
     "ServerFault",
     "ServerStatus",
+    "Stream",
     "UnexpectedAnswer",
     "UnknownModel",
     "Unreachable",
+    "Usage",
 ]

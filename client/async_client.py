@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack, overload
 
-from . import flows
+from . import flows, generate_flows, metrics
 from .codec import InferReply, InferRequest, parse_model_info
-from .errors import ClientError, InvalidInput, UnknownModel
+from .errors import ClientError, InvalidInput, UnexpectedAnswer, UnknownModel
 from .flows import CallOptions, Flow, split_options
+from .generate import GenerateOptions, Prompt, PromptOptions
 from .retry import Attempts, Clock, RetryPolicy
-from .transport import AsyncTransport, Endpoint, open_async_transport
-from .types import Classification, Embedding, ModelInfo, Ranked, ServerStatus
+from .streams import AsyncStream
+from .transport import AsyncReplyStream, AsyncTransport, Endpoint, open_async_transport
+from .types import Classification, Embedding, Generation, ModelInfo, Ranked, ServerStatus
 
 T = TypeVar("T")
 IN_FLIGHT = 8  # requests of one long list that wait at the server together
+STREAMS = 16  # prompts of one list that are generated together
 
 
 class AsyncClient:
@@ -86,6 +89,50 @@ class AsyncClient:
         chosen, timeout = split_options(options)
         return await self._run(flows.rerank(query, passages, chosen), timeout)
 
+    @overload
+    async def generate(self, prompts: str, **options: Unpack[PromptOptions]) -> Generation: ...  # type: ignore[overload-overlap]
+    @overload
+    async def generate(
+        self, prompts: Iterable[str], **options: Unpack[PromptOptions]
+    ) -> list[Generation]: ...
+    async def generate(
+        self, prompts: str | Iterable[str], **options: Unpack[PromptOptions]
+    ) -> Generation | list[Generation]:
+        """The continuation of each prompt; one prompt gives one answer, a list a list in its order.
+
+        A prompt goes to the model as it is; with `chat` or `system` it is the user's message, after the
+        system prompt if there is one, in the model's chat template. The prompts of a list are generated
+        together, as slots become free.
+        """
+        chosen, parameters, timeout = generate_flows.split_options(options, PromptOptions)
+        given = generate_flows.prompts([prompts] if isinstance(prompts, str) else prompts, parameters)
+        flow = generate_flows.complete(given, chosen, parameters)
+        if isinstance(prompts, str):
+            return await self._run(flows.single(flow), timeout)
+        return await self._run(flow, timeout)
+
+    async def chat(
+        self, messages: str | Sequence[Mapping[str, object]], **options: Unpack[GenerateOptions]
+    ) -> Generation:
+        """The model's next message: `messages` are dicts of role and content, oldest first, or one text."""
+        chosen, parameters, timeout = generate_flows.split_options(options)
+        given = [generate_flows.conversation(messages, parameters)]
+        return await self._run(flows.single(generate_flows.complete(given, chosen, parameters)), timeout)
+
+    def stream(self, prompt: str, **options: Unpack[PromptOptions]) -> AsyncStream:
+        """As `generate`, for one prompt, in pieces as they come; `timeout` bounds the wait for each."""
+        chosen, parameters, timeout = generate_flows.split_options(options, PromptOptions)
+        [given] = generate_flows.prompts([prompt], parameters)
+        return self._stream(given, chosen, parameters, timeout)
+
+    def chat_stream(
+        self, messages: str | Sequence[Mapping[str, object]], **options: Unpack[GenerateOptions]
+    ) -> AsyncStream:
+        """As `chat`, in pieces as they come; `timeout` bounds the wait for each."""
+        chosen, parameters, timeout = generate_flows.split_options(options)
+        given = generate_flows.conversation(messages, parameters)
+        return self._stream(given, chosen, parameters, timeout)
+
     async def describe(self, model: str, *, timeout: float | None = None) -> ModelInfo:
         """What the model's configuration says: task, precision, largest batch, tensors."""
         return await self._run(flows.describe(model), timeout)
@@ -93,6 +140,29 @@ class AsyncClient:
     async def status(self, *, timeout: float | None = None) -> ServerStatus:
         """The server's models with their state and statistics."""
         return await self._run(flows.status(self._transport.endpoint), timeout)
+
+    def _stream(
+        self,
+        given: Prompt,
+        options: flows.Options,
+        parameters: Mapping[str, Any],
+        timeout: float | None,
+    ) -> AsyncStream:
+        limit = self._timeout if timeout is None else flows.check_timeout(timeout)
+        generate_flows.check(parameters)
+
+        async def start() -> tuple[InferRequest, AsyncReplyStream]:
+            [request] = await self._run(
+                generate_flows.requests_for([given], options, parameters, stream=True), timeout
+            )
+            return request, self._transport.stream(request, limit)
+
+        return AsyncStream(
+            start,
+            Attempts(self._retry, self._clock, self._clock.now() + limit),
+            self._clock,
+            logprobs=bool(parameters.get("logprobs")),
+        )
 
     async def _run(self, flow: Flow[T], timeout: float | None) -> T:
         if self._closed:
@@ -118,6 +188,8 @@ class AsyncClient:
             except (UnknownModel, InvalidInput):
                 self._models.clear()  # the models may have changed since we asked
                 raise
+        if isinstance(effect, flows.ReadMetrics):
+            return await asyncio.to_thread(metrics.read, effect.address)
         if isinstance(effect, flows.Ask):
             return await self._ask(effect.question, "", deadline)
         if effect.model not in self._models:
@@ -136,16 +208,27 @@ class AsyncClient:
         attempts = Attempts(self._retry, self._clock, deadline)
         while True:
             try:
-                return await self._transport.infer(request, attempts.remaining())
+                return await self._one_reply(request, attempts.remaining())
             except ClientError as error:
                 await self._clock.sleep_async(
                     attempts.wait_after(flows.located(error, request), idempotent=request.idempotent)
                 )
 
+    async def _one_reply(self, request: InferRequest, timeout: float) -> InferReply:
+        if not request.decoupled:
+            return await self._transport.infer(request, timeout)
+        replies = self._transport.stream(request, timeout)
+        try:
+            async for reply in replies:
+                return reply
+        finally:
+            await replies.close()
+        raise UnexpectedAnswer("the stream ended without an answer")
+
     async def _infer_all(self, requests: tuple[InferRequest, ...], deadline: float) -> list[InferReply]:
         if len(requests) == 1:
             return [await self._infer(requests[0], deadline)]
-        gate = asyncio.Semaphore(IN_FLIGHT)
+        gate = asyncio.Semaphore(STREAMS if requests[0].decoupled else IN_FLIGHT)
 
         async def one(request: InferRequest) -> InferReply:
             async with gate:

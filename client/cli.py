@@ -12,12 +12,16 @@ import click
 from . import display
 from .options import (
     OneLineErrors,
+    generation_options,
     json_option,
+    model_options,
     open_client,
     read_lines,
     server_options,
     variant_options,
 )
+
+SERVER = ("url", "protocol", "timeout")
 
 
 @click.group(cls=OneLineErrors)
@@ -115,11 +119,69 @@ def rerank(question: str, passages: tuple[str, ...], as_json: bool, **options: A
         display.print_ranking(answers)
 
 
+@query.command()
+@click.argument("prompts", nargs=-1)
+@click.option("--chat", "as_chat", is_flag=True, help="Each prompt is a user's message in the chat template.")
+@click.option("-n", "--samples", "n", type=int, metavar="N", help="Answers to each prompt.")
+@click.option("--logprobs", is_flag=True, help="Log probabilities of the tokens, in --json.")
+@click.option("--ignore-eos", is_flag=True, help="Go on past the model's own end.")
+@generation_options
+@model_options
+@server_options
+@json_option
+def generate(prompts: tuple[str, ...], as_chat: bool, as_json: bool, **options: Any) -> None:
+    """The continuation of each prompt (arguments, or lines of standard input).
+
+    A prompt goes to the model as it is; with --chat or --system it becomes a user's message.
+
+    \b
+    Examples:
+      client query generate "The soup was" --max-tokens 20
+      client query generate --chat "Summarise: the noodles were cold." --system "Answer in one sentence."
+      client query generate --json --temperature 0.8 --seed 1 -n 3 < prompts.txt
+    """
+    given = list(prompts) or read_lines()
+    server, chosen = _split(options)
+    with open_client(**server) as client:
+        answers = client.generate(given, chat=as_chat, **chosen)
+    if as_json:
+        _print_json([{"prompt": text, **asdict(a)} for text, a in zip(given, answers, strict=True)])
+    else:
+        display.print_generations(given, answers)
+
+
+@main.command()
+@generation_options
+@model_options
+@server_options
+def chat(**options: Any) -> None:
+    """Talk with a model: answers come as they are generated, with their rate after each.
+
+    /reset forgets the conversation, /system TEXT sets the system prompt, /quit or the end of input leaves;
+    Ctrl-C stops an answer. Messages also come as lines of standard input; then only answers go to standard
+    output.
+
+    \b
+    Examples:
+      client chat
+      client chat --system "Answer in Korean." --temperature 0.7
+      printf 'Summarise: cold soup.\nShorter.\n' | client chat --max-tokens 60
+    """
+    from .conversation import talk
+
+    server, chosen = _split(options)
+    with open_client(**server) as client:
+        talk(client, chosen)
+
+
 @main.command()
 @server_options
 @json_option
 def status(as_json: bool, **server: Any) -> None:
     """The server's models: state, texts and batches computed, queue and compute time, cache hits.
+
+    Models that generate also show their slots, tokens per second and cache use, from the server's metrics
+    (ONECARD_URL_METRICS, else the usual port), where these can be read.
 
     \b
     Examples:
@@ -182,8 +244,9 @@ def bench(summary: Path, **settings: Any) -> None:
 
 
 def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    server = {name: options.pop(name) for name in ("url", "protocol", "timeout")}
-    return server, options
+    """How to reach the server, and the call's own options: those that were given."""
+    server = {name: options.pop(name) for name in SERVER}
+    return server, {name: value for name, value in options.items() if value is not None and value != ()}
 
 
 def _print_json(document: Any) -> None:

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack, overload
 
-from . import flows
+from . import flows, generate_flows, metrics
 from .codec import InferReply, InferRequest, parse_model_info
 from .errors import ClientError, InvalidInput, UnknownModel
 from .flows import CallOptions, Flow, split_options
+from .generate import GenerateOptions, Prompt, PromptOptions
 from .retry import Attempts, Clock, RetryPolicy
+from .streams import Single, Stream
 from .transport import Endpoint, Transport, open_transport
-from .types import Classification, Embedding, ModelInfo, Ranked, ServerStatus
+from .types import Classification, Embedding, Generation, ModelInfo, Ranked, ServerStatus
 
 T = TypeVar("T")
 IN_FLIGHT = 4  # requests of one long list that wait at the server together
+STREAMS = 16  # prompts of one list that are generated together
 
 
 class Client:
-    """Classifies, embeds and ranks through a running server; safe to share between threads.
+    """Classifies, embeds, ranks and generates through a running server; safe to share between threads.
 
     `url` is host:port or has a scheme (grpc, grpcs, http, https); left out, it comes from ONECARD_URL_GRPC or
     ONECARD_URL_HTTP, else it is this machine. `timeout` is the time in seconds for a whole call, with all its
@@ -94,6 +97,48 @@ class Client:
         chosen, timeout = split_options(options)
         return self._run(flows.rerank(query, passages, chosen), timeout)
 
+    @overload
+    def generate(self, prompts: str, **options: Unpack[PromptOptions]) -> Generation: ...  # type: ignore[overload-overlap]
+    @overload
+    def generate(self, prompts: Iterable[str], **options: Unpack[PromptOptions]) -> list[Generation]: ...
+    def generate(
+        self, prompts: str | Iterable[str], **options: Unpack[PromptOptions]
+    ) -> Generation | list[Generation]:
+        """The continuation of each prompt; one prompt gives one answer, a list a list in its order.
+
+        A prompt goes to the model as it is; with `chat` or `system` it is the user's message, after the
+        system prompt if there is one, in the model's chat template. The prompts of a list are generated
+        together, as slots become free.
+        """
+        chosen, parameters, timeout = generate_flows.split_options(options, PromptOptions)
+        given = generate_flows.prompts([prompts] if isinstance(prompts, str) else prompts, parameters)
+        flow = generate_flows.complete(given, chosen, parameters)
+        if isinstance(prompts, str):
+            return self._run(flows.single(flow), timeout)
+        return self._run(flow, timeout)
+
+    def chat(
+        self, messages: str | Sequence[Mapping[str, object]], **options: Unpack[GenerateOptions]
+    ) -> Generation:
+        """The model's next message: `messages` are dicts of role and content, oldest first, or one text."""
+        chosen, parameters, timeout = generate_flows.split_options(options)
+        given = [generate_flows.conversation(messages, parameters)]
+        return self._run(flows.single(generate_flows.complete(given, chosen, parameters)), timeout)
+
+    def stream(self, prompt: str, **options: Unpack[PromptOptions]) -> Stream:
+        """As `generate`, for one prompt, in pieces as they come; `timeout` bounds the wait for each."""
+        chosen, parameters, timeout = generate_flows.split_options(options, PromptOptions)
+        [given] = generate_flows.prompts([prompt], parameters)
+        return self._stream(given, chosen, parameters, timeout)
+
+    def chat_stream(
+        self, messages: str | Sequence[Mapping[str, object]], **options: Unpack[GenerateOptions]
+    ) -> Stream:
+        """As `chat`, in pieces as they come; `timeout` bounds the wait for each."""
+        chosen, parameters, timeout = generate_flows.split_options(options)
+        given = generate_flows.conversation(messages, parameters)
+        return self._stream(given, chosen, parameters, timeout)
+
     def describe(self, model: str, *, timeout: float | None = None) -> ModelInfo:
         """What the model's configuration says: task, precision, largest batch, tensors."""
         return self._run(flows.describe(model), timeout)
@@ -101,6 +146,23 @@ class Client:
     def status(self, *, timeout: float | None = None) -> ServerStatus:
         """The server's models with their state and statistics."""
         return self._run(flows.status(self._transport.endpoint), timeout)
+
+    def _stream(
+        self,
+        given: Prompt,
+        options: flows.Options,
+        parameters: Mapping[str, Any],
+        timeout: float | None,
+    ) -> Stream:
+        limit = self._timeout if timeout is None else flows.check_timeout(timeout)
+        [request] = self._run(generate_flows.requests_for([given], options, parameters, stream=True), timeout)
+        return Stream(
+            request,
+            lambda: self._transport.stream(request, limit),
+            Attempts(self._retry, self._clock, self._clock.now() + limit),
+            self._clock,
+            logprobs=bool(parameters.get("logprobs")),
+        )
 
     def _run(self, flow: Flow[T], timeout: float | None) -> T:
         if self._closed:
@@ -126,6 +188,8 @@ class Client:
             except (UnknownModel, InvalidInput):
                 self._models.clear()  # the models may have changed since we asked
                 raise
+        if isinstance(effect, flows.ReadMetrics):
+            return metrics.read(effect.address)
         if isinstance(effect, flows.Ask):
             return self._ask(effect.question, "", deadline)
         if effect.model not in self._models:
@@ -140,6 +204,25 @@ class Client:
             except ClientError as error:
                 self._clock.sleep(attempts.wait_after(error, idempotent=True))
 
+    def _infer_decoupled(self, requests: tuple[InferRequest, ...], deadline: float) -> list[InferReply]:
+        """The only response of each, several at once; a failure or an interrupt ends all the others."""
+        calls = [Single(self._transport, request) for request in requests]
+        if len(calls) == 1:
+            return [calls[0].reply(Attempts(self._retry, self._clock, deadline), self._clock)]
+        threads = ThreadPoolExecutor(min(len(calls), STREAMS), thread_name_prefix="onecard-client")
+        try:
+            futures = [
+                threads.submit(call.reply, Attempts(self._retry, self._clock, deadline), self._clock)
+                for call in calls
+            ]
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            failed = [future for future in futures if future in done and future.exception()]
+            return [future.result() for future in failed or futures]
+        finally:
+            for call in calls:
+                call.close()
+            threads.shutdown(cancel_futures=True)
+
     def _infer(self, request: InferRequest, deadline: float) -> InferReply:
         attempts = Attempts(self._retry, self._clock, deadline)
         while True:
@@ -151,6 +234,8 @@ class Client:
                 )
 
     def _infer_all(self, requests: tuple[InferRequest, ...], deadline: float) -> list[InferReply]:
+        if requests[0].decoupled:
+            return self._infer_decoupled(requests, deadline)
         if len(requests) == 1:
             return [self._infer(requests[0], deadline)]
         with self._lock:

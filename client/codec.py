@@ -29,6 +29,7 @@ class InferRequest:
     priority: int = 0
     idempotent: bool = True
     part: str = ""  # which items of the caller's list, when it was split
+    decoupled: bool = False  # the model answers in a stream, be it of one response
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ SIGNATURES: Mapping[str, Signature] = {
     "classify": Signature(("text",), ("labels", "scores", "truncated")),
     "embed": Signature(("text",), ("embedding", "truncated")),
     "rerank": Signature(("query", "passages"), ("scores", "truncated")),
+    "generate": Signature(("text", "messages"), ("text", "token_ids", "finish_reason", "usage")),
 }
 
 
@@ -181,7 +183,13 @@ def parse_model_info(config: Mapping[str, Any]) -> ModelInfo:
         inputs=frozenset(tensor["name"] for tensor in config.get("input", ())),
         outputs=frozenset(tensor["name"] for tensor in config.get("output", ())),
         cached=bool(config.get("response_cache", {}).get("enable", False)),
+        slots=_count(parameters.get("slots")),
+        capacity=_count(parameters.get("capacity")),
     )
+
+
+def _count(text: str | None) -> int | None:
+    return int(text) if text and text.isdigit() else None
 
 
 def parse_model_status(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import click
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .types import Classification, Embedding, Ranked, ServerStatus
+from .types import Classification, Embedding, Generation, ModelStatus, Ranked, ServerStatus
 
 TEXT_WIDTH = 60
 
@@ -59,6 +60,50 @@ def print_status(status: ServerStatus) -> None:
             f"{model.cache_hits}/{model.cache_misses}",
         )
     console.print(table)
+    _print_generation(status.models, console)
+
+
+def _print_generation(models: Sequence[ModelStatus], console: Console) -> None:
+    """Slots, rate and cache of the models that generate, as they are now."""
+    table = new_table("model")
+    for title in (
+        "slots busy",
+        "queued",
+        "tokens/s",
+        "cache tokens",
+        "prompt tokens",
+        "from cache",
+        "generated",
+    ):
+        table.add_column(title, justify="right")
+    for model in models:
+        state = model.generation
+        if state is None:
+            continue
+        share = state.cache_tokens / max(1, state.cache_capacity_tokens)
+        table.add_row(
+            escape(model.name),
+            f"{state.slots_active}/{state.slots}",
+            str(state.queued),
+            f"{state.tokens_per_second:,.1f}",
+            f"{state.cache_tokens:,}/{state.cache_capacity_tokens:,} ({share:.0%})",
+            f"{state.prompt_tokens:,}",
+            f"{state.cached_tokens:,}",
+            f"{state.generated_tokens:,}",
+        )
+    if table.row_count:
+        console.print(table)
+
+
+def print_generations(prompts: Sequence[str], answers: Sequence[Generation]) -> None:
+    """Answers in full: they are what was asked for; the prompts only head them when there are several."""
+    for prompt, answer in zip(prompts, answers, strict=True):
+        if len(prompts) > 1:
+            click.echo(f"# {shorten(prompt)}")
+        for sample in answer.samples:
+            if len(answer.samples) > 1:
+                click.echo(f"## {sample.index + 1}")
+            click.echo(sample.text)
 
 
 def new_console() -> Console:
@@ -71,10 +116,13 @@ def new_table(*columns: str) -> Table:
     return Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
 
 
-def clip(text: str, truncated: bool = False) -> str:
+def shorten(text: str) -> str:
     line = " ".join(text.split())
-    short = line if len(line) <= TEXT_WIDTH else line[: TEXT_WIDTH - 1] + "…"
-    return escape(short) + (" [yellow](truncated by the model)[/]" if truncated else "")
+    return line if len(line) <= TEXT_WIDTH else line[: TEXT_WIDTH - 1] + "…"
+
+
+def clip(text: str, truncated: bool = False) -> str:
+    return escape(shorten(text)) + (" [yellow](truncated by the model)[/]" if truncated else "")
 
 
 def number(value: float | None) -> str:

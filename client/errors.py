@@ -12,7 +12,8 @@ ClientError (30)
 │   └── QueueTimeout (36)     waited in the model's queue for longer than its policy allows
 ├── ServerFault (37)          the server failed while computing
 │   └── UnexpectedAnswer (37) the server answered something that is not what the model promises
-└── BenchError (38)           the benchmark cannot run: bad summary file, baseline or chart library missing
+├── BenchError (38)           the benchmark cannot run: bad summary file, baseline or chart library missing
+└── Cancelled (39)            the server ended a generation before it was finished
 
 A subclass shares its parent's exit code because the caller would react in the same way.
 Exit code 2 is Click's own (wrong usage), 130 an interrupt.
@@ -94,6 +95,12 @@ class ServerFault(ClientError):
 
 class UnexpectedAnswer(ServerFault):
     pass
+
+
+class Cancelled(ClientError):
+    """Not retried: whoever ended it, an unloading model or its operator, meant it."""
+
+    exit_code = 39
 
 
 class BenchError(ClientError):

@@ -63,10 +63,10 @@ def _classify(error: BaseException, url: str) -> tuple[type[ClientError], str]:
     if isinstance(error, ConnectionRefusedError | socket.gaierror) or _named(error, "ClientConnectorError"):
         return Unreachable, f"cannot reach {url}: {error}"
     if isinstance(error, OSError | EOFError) or _named(
-        error, "ServerDisconnectedError", "HTTPConnectionClosed"
+        error, "ServerDisconnectedError", "HTTPConnectionClosed", "IncompleteRead", "ClientPayloadError"
     ):
         return ConnectionLost, f"the connection to {url} broke: {error or type(error).__name__}"
-    if _named(error, "HTTPParseError", "ClientResponseError"):
+    if _named(error, "HTTPParseError", "ClientResponseError", "BadStatusLine"):
         return UnexpectedAnswer, f"{url} does not speak HTTP; is it the gRPC port?"
     return ServerFault, f"{type(error).__name__} from {url}: {error}"
 

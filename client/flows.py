@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypedDict, TypeVar
 
-from . import codec
+from . import codec, metrics
 from .codec import InferReply, InferRequest
 from .errors import ClientError, InvalidInput, ModelNotReady, UnknownModel
 from .transport import Endpoint
@@ -40,7 +41,14 @@ class InferAll:
     requests: tuple[InferRequest, ...]
 
 
-Effect = Describe | Ask | InferAll
+@dataclass(frozen=True, slots=True)
+class ReadMetrics:
+    """Effect: the models' own counters by model, empty where they cannot be read."""
+
+    address: str
+
+
+Effect = Describe | Ask | InferAll | ReadMetrics
 Flow = Generator[Effect, Any, T]
 
 
@@ -206,7 +214,7 @@ def _check_signature(task: str, info: ModelInfo) -> None:
         raise InvalidInput(f"this model's task is {info.task}, not {task}", model=info.name)
     missing = [name for name in wanted.inputs if name not in info.inputs]
     missing += [name for name in wanted.outputs if name not in info.outputs]
-    if missing or info.max_batch < 1:
+    if missing or (info.max_batch < 1 and task != "generate"):
         lacks = f"it lacks {', '.join(missing)}" if missing else "it takes no batches"
         raise InvalidInput(f"this model cannot {task}: {lacks}", model=info.name)
 
@@ -246,16 +254,23 @@ def status(endpoint: Endpoint) -> Flow[ServerStatus]:
     index = yield Ask("index")
     report = yield Ask("statistics")
     statistics = {(entry["name"], entry["version"]): entry for entry in report.get("model_stats", ())}
+    infos: dict[str, ModelInfo] = {}
+    for entry in index:
+        if entry.get("state") == "READY":
+            with suppress(UnknownModel, ModelNotReady):  # unloaded since the index was read
+                infos[entry["name"]] = yield Describe(entry["name"])
+    counters: metrics.Counters = {}
+    if any(info.task == "generate" for info in infos.values()) and (address := metrics.address_for(endpoint)):
+        counters = yield ReadMetrics(address)
     models = []
     for entry in index:
-        info: ModelInfo | None = None
-        if entry.get("state") == "READY":
-            try:
-                info = yield Describe(entry["name"])
-            except (UnknownModel, ModelNotReady):
-                info = None  # unloaded since the index was read
-        key = (entry["name"], entry.get("version", ""))
-        models.append(codec.parse_model_status(entry, info, statistics.get(key)))
+        name = entry["name"]
+        state = codec.parse_model_status(
+            entry, infos.get(name), statistics.get((name, entry.get("version", "")))
+        )
+        if state.task == "generate":
+            state = replace(state, generation=metrics.generation_status(counters.get(name, {})))
+        models.append(state)
     models.sort(key=lambda model: model.name)
     return ServerStatus(
         url=endpoint.address,
@@ -275,7 +290,8 @@ def check_timeout(timeout: float) -> float:
 def located(error: ClientError, request: InferRequest) -> ClientError:
     """The error with model, request and part of the list filled in where its origin did not know them."""
     if request.part and isinstance(error, InvalidInput):
-        error.message = f"{error.message} [counted within {request.part} of the list]"
+        counted = "" if request.decoupled else "counted within "
+        error.message = f"{error.message} [{counted}{request.part} of the list]"
     error.model = error.model or request.model
     error.request_id = error.request_id or request.request_id
     return error

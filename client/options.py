@@ -56,6 +56,33 @@ def variant_options(command: F) -> F:
     return command
 
 
+def generation_options(command: F) -> F:
+    """What shapes an answer; each left out is the server's default."""
+    for option in (
+        click.option("--stop", multiple=True, metavar="TEXT", help="End before this text (repeatable)."),
+        click.option("--seed", type=int, metavar="N", help="Makes a sampled answer repeatable."),
+        click.option("--repetition-penalty", type=float, metavar="X", help="Above 1 discourages repeating."),
+        click.option("--min-p", type=float, metavar="X", help="Drop tokens below this share of the best."),
+        click.option("--top-p", type=float, metavar="X", help="Keep the likeliest tokens up to this share."),
+        click.option("--top-k", type=int, metavar="N", help="Keep the N likeliest tokens; 0 keeps all."),
+        click.option("--temperature", type=float, metavar="X", help="0 is greedy."),
+        click.option("--max-tokens", type=int, metavar="N", help="Length of the answer at most."),
+        click.option("--system", metavar="TEXT", help="A system prompt."),
+    ):
+        command = option(command)
+    return command
+
+
+def model_options(command: F) -> F:
+    """--model and --precision."""
+    for option in (
+        click.option("--precision", metavar="NAME", help="Which variant of the model, such as int8-weights."),
+        click.option("--model", metavar="NAME", help="Needed only when several models generate."),
+    ):
+        command = option(command)
+    return command
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 
 

@@ -14,9 +14,30 @@ from .errors import InvalidInput
 from .types import Protocol as WireProtocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import AsyncIterator, Iterator, Mapping
 
 Question = Literal["config", "index", "statistics", "metadata"]
+
+
+class ReplyStream(Protocol):
+    """The responses to one request of a decoupled model, as they come. Raises ClientError only."""
+
+    def __iter__(self) -> Iterator[InferReply]: ...
+
+    def __next__(self) -> InferReply: ...
+
+    def close(self) -> None:
+        """End it, at the server too; from any thread. A wait in another thread then ends as at its end."""
+
+
+class AsyncReplyStream(Protocol):
+    """As ReplyStream, awaited; a task that is cancelled while it waits closes the stream."""
+
+    def __aiter__(self) -> AsyncIterator[InferReply]: ...
+
+    async def __anext__(self) -> InferReply: ...
+
+    async def close(self) -> None: ...
 
 
 class Transport(Protocol):
@@ -26,6 +47,9 @@ class Transport(Protocol):
     def endpoint(self) -> Endpoint: ...
 
     def infer(self, request: InferRequest, timeout: float) -> InferReply: ...
+
+    def stream(self, request: InferRequest, timeout: float) -> ReplyStream:
+        """Send a decoupled model's request; `timeout` bounds the wait for each response."""
 
     def ask(self, question: Question, model: str, timeout: float) -> Any:
         """The server's report as JSON: `config` of one model, or one that covers the whole server."""
@@ -40,6 +64,8 @@ class AsyncTransport(Protocol):
     def endpoint(self) -> Endpoint: ...
 
     async def infer(self, request: InferRequest, timeout: float) -> InferReply: ...
+
+    def stream(self, request: InferRequest, timeout: float) -> AsyncReplyStream: ...
 
     async def ask(self, question: Question, model: str, timeout: float) -> Any: ...
 

@@ -10,7 +10,7 @@ import tritonclient.grpc.aio
 import tritonclient.http
 import tritonclient.http.aio
 
-from . import wire
+from . import triton_async_streams, wire
 from .codec import InferReply, InferRequest
 from .failures import translate
 from .transport import Endpoint, Question
@@ -39,7 +39,32 @@ class _PerLoop:
         self._opened = None
 
 
+class _Channel(_PerLoop):
+    """gRPC for streams; tritonclient's object has a channel of its own."""
+
+    def _open(self) -> Any:
+        return triton_async_streams.open_channel(self.endpoint)
+
+
+class _Session(_PerLoop):
+    """HTTP for streams."""
+
+    def _open(self) -> Any:
+        return triton_async_streams.open_session()
+
+
 class Grpc(_PerLoop):
+    def __init__(self, endpoint: Endpoint) -> None:
+        super().__init__(endpoint)
+        self._channel = _Channel(endpoint)
+
+    async def close(self) -> None:
+        await self._channel.close()
+        await super().close()
+
+    def stream(self, request: InferRequest, timeout: float) -> triton_async_streams.Grpc:
+        return triton_async_streams.Grpc(self._channel._client, self.endpoint.url, request, timeout)
+
     def _open(self) -> Any:
         return tritonclient.grpc.aio.InferenceServerClient(
             self.endpoint.address, ssl=self.endpoint.tls, channel_args=wire.CHANNEL_ARGUMENTS
@@ -66,6 +91,17 @@ class Grpc(_PerLoop):
 
 
 class Http(_PerLoop):
+    def __init__(self, endpoint: Endpoint) -> None:
+        super().__init__(endpoint)
+        self._session = _Session(endpoint)
+
+    async def close(self) -> None:
+        await self._session.close()
+        await super().close()
+
+    def stream(self, request: InferRequest, timeout: float) -> triton_async_streams.Http:
+        return triton_async_streams.Http(self._session._client, self.endpoint, request, timeout)
+
     def _open(self) -> Any:
         # Its own timeout is off: each call has its own, below.
         return tritonclient.http.aio.InferenceServerClient(

@@ -11,7 +11,7 @@ import gevent
 import tritonclient.grpc
 import tritonclient.http
 
-from . import wire
+from . import triton_streams, wire
 from .codec import InferReply, InferRequest
 from .failures import translate
 from .transport import Endpoint, Question
@@ -23,6 +23,8 @@ class Grpc:
         self._client = tritonclient.grpc.InferenceServerClient(
             endpoint.address, ssl=endpoint.tls, channel_args=wire.CHANNEL_ARGUMENTS
         )
+        self._channel: Any = None  # for streams; opened with the first
+        self._lock = threading.Lock()
 
     def infer(self, request: InferRequest, timeout: float) -> InferReply:
         try:
@@ -32,6 +34,13 @@ class Grpc:
             raise translate(
                 error, url=self.endpoint.url, model=request.model, request_id=request.request_id
             ) from error
+
+    def stream(self, request: InferRequest, timeout: float) -> triton_streams.Grpc:
+        with self._lock:
+            if self._channel is None:
+                self._channel = triton_streams.open_channel(self.endpoint)
+            channel = self._channel
+        return triton_streams.Grpc(channel, self.endpoint.url, request, timeout)
 
     def ask(self, question: Question, model: str, timeout: float) -> Any:
         method = getattr(self._client, wire.QUESTIONS[question])
@@ -43,6 +52,8 @@ class Grpc:
 
     def close(self) -> None:
         self._client.close()
+        if self._channel is not None:
+            self._channel.close()
 
 
 class Http:
@@ -71,6 +82,9 @@ class Http:
             raise translate(
                 error, url=self.endpoint.url, model=request.model, request_id=request.request_id
             ) from error
+
+    def stream(self, request: InferRequest, timeout: float) -> triton_streams.Http:
+        return triton_streams.Http(self.endpoint, request, timeout)
 
     def ask(self, question: Question, model: str, timeout: float) -> Any:
         try:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
 Protocol = Literal["grpc", "http"]
-Task = Literal["classify", "embed", "rerank"]
+Task = Literal["classify", "embed", "rerank", "generate"]
+
+
+class Message(TypedDict):
+    """One turn of a conversation; `role` is system, user or assistant."""
+
+    role: str
+    content: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +50,77 @@ class Ranked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What a generation cost; times in ms.
+
+    `cached_tokens` of the prompt were in the model's cache already, from an earlier turn or a shared prefix.
+    `queue_ms` is the wait for a slot, `prefill_ms` the time from there to the first token.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    queue_ms: float | None = None
+    prefill_ms: float | None = None
+    total_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """The next piece of one sample. `finish_reason` is None while it runs, `usage` until the last piece.
+
+    `text` may be empty, while a character or a possible stop string is incomplete; `logprobs`, one for each
+    of `token_ids`, is None unless asked for.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...] | None = None
+    finish_reason: str | None = None
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One continuation. `finish_reason` is "stop", "length" or "cancelled"; None for one cut off here."""
+
+    index: int
+    text: str
+    finish_reason: str | None
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """The answer to one prompt: its samples (one, unless `n` was given) and what they cost together."""
+
+    samples: tuple[Sample, ...]
+    usage: Usage | None
+
+    @property
+    def text(self) -> str:
+        """The first sample's, as are the other properties."""
+        return self.samples[0].text
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.samples[0].finish_reason
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.samples[0].token_ids
+
+    @property
+    def logprobs(self) -> tuple[float, ...] | None:
+        return self.samples[0].logprobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """What a served model's configuration says about it."""
+    """What a served model's configuration says about it; `slots` and `capacity` (tokens a slot holds) are
+    None unless it generates."""
 
     name: str
     task: str | None
@@ -54,11 +130,34 @@ class ModelInfo:
     inputs: frozenset[str]
     outputs: frozenset[str]
     cached: bool
+    slots: int | None = None
+    capacity: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationStatus:
+    """A generating model at this moment, and its counts since the server started.
+
+    `cache_tokens` of `cache_capacity_tokens` are held, those of finished sequences that wait to be used again
+    included.
+    """
+
+    slots: int
+    slots_active: int
+    queued: int
+    cache_tokens: int
+    cache_capacity_tokens: int
+    tokens_per_second: float
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelStatus:
     """A model's state and its statistics since the server started; times are means per request, in ms.
+
+    `generation` is None for models that do not generate, and where the server's metrics cannot be read.
 
     `failed` counts as Triton does: requests it rejected or could not run; an answer in which the model itself
     refuses its input counts as a request served.
@@ -79,6 +178,7 @@ class ModelStatus:
     compute_ms: float | None
     cache_hits: int
     cache_misses: int
+    generation: GenerationStatus | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

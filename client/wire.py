@@ -17,26 +17,59 @@ CHANNEL_ARGUMENTS: list[tuple[str, Any]] = [
 ]
 
 
+# Asked for this way, a failure ends the stream with its status; else it is a text among the responses.
+STREAM_METADATA = (("triton_grpc_error", "true"),)
+
+
 def infer_arguments(module: Any, request: InferRequest, timeout: float) -> dict[str, Any]:
     """Keyword arguments of tritonclient's `infer`; `module` is tritonclient.grpc or tritonclient.http.
 
     The queue timeout goes along, in microseconds, so that a model that allows it drops a request nobody waits
     for any more.
     """
-    from tritonclient.utils import np_to_triton_dtype
-
-    inputs = []
-    for name, array in request.inputs.items():
-        tensor = module.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
-        tensor.set_data_from_numpy(array)
-        inputs.append(tensor)
     return {
         "model_name": request.model,
-        "inputs": inputs,
+        "inputs": _tensors(module, request),
         "request_id": request.request_id,
         "priority": request.priority,
         "timeout": max(1, int(timeout * 1e6)),
     }
+
+
+def _tensors(module: Any, request: InferRequest) -> list[Any]:
+    from tritonclient.utils import np_to_triton_dtype
+
+    tensors = []
+    for name, array in request.inputs.items():
+        tensor = module.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
+        tensor.set_data_from_numpy(array)
+        tensors.append(tensor)
+    return tensors
+
+
+def stream_message(request: InferRequest) -> Any:
+    """The ModelInferRequest that a stream carries."""
+    import tritonclient.grpc
+    from tritonclient.grpc import service_pb2
+
+    message = service_pb2.ModelInferRequest(model_name=request.model, id=request.request_id)
+    for tensor in _tensors(tritonclient.grpc, request):
+        message.inputs.append(tensor._get_tensor())
+        message.raw_input_contents.append(tensor._get_content())
+    return message
+
+
+def stream_reply(request: InferRequest, response: Any) -> InferReply:
+    """From one ModelStreamInferResponse; raises InferenceServerException for a failure told as a text.
+
+    Triton tells what it refuses before the model sees it in this way whatever STREAM_METADATA asks for.
+    """
+    from tritonclient.grpc import InferResult
+    from tritonclient.utils import InferenceServerException
+
+    if response.error_message:
+        raise InferenceServerException(msg=response.error_message, status="StatusCode.INVALID_ARGUMENT")
+    return reply_of(request, InferResult(response.infer_response))
 
 
 def reply_of(request: InferRequest, result: Any) -> InferReply:

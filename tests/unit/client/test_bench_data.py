@@ -14,6 +14,7 @@ from tritonclient.grpc import service_pb2
 from tritonclient.utils import deserialize_bytes_tensor
 
 from client import BenchError
+from client import metrics as server_metrics
 from client.bench import accuracy, machine, metrics, scoring
 from client.bench.baseline import Answers
 from client.bench.command import fitting, parse_ceilings
@@ -272,10 +273,13 @@ def test_padding_counters_are_read_per_model_and_as_a_difference() -> None:
         'onecard_tokens_total{model="a"} 90\nonecard_padding_total{model="a"} 10\n'
         'onecard_tokens_total{model="a-fp16",version="1"} 1e3\nnv_inference_count{model="a"} 5\n'
     )
-    counters = metrics.parse(text)
-    assert counters == {"a": {"tokens": 90.0, "padding": 10.0}, "a-fp16": {"tokens": 1000.0}}
+    counters = server_metrics.parse(text)
+    assert counters == {
+        "a": {"tokens_total": 90.0, "padding_total": 10.0},
+        "a-fp16": {"tokens_total": 1000.0},
+    }
     assert metrics.padding_share({}, counters["a"]) == 0.1
-    assert metrics.padding_share({"tokens": 50.0, "padding": 10.0}, counters["a"]) == 0
+    assert metrics.padding_share({"tokens_total": 50.0, "padding_total": 10.0}, counters["a"]) == 0
     assert metrics.padding_share(counters["a"], counters["a"]) is None
     assert metrics.read("127.0.0.1:1") == {}
 
