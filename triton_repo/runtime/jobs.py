@@ -1,0 +1,143 @@
+"""A generation request on its way through the scheduler: what was asked, its samples, the handle on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from triton_repo.runtime.delivery import Delta, Outbox
+from triton_repo.runtime.sampling import FloatArray, Sampler, SamplingParams
+from triton_repo.runtime.slots import TokenArray
+
+
+class Busy(Exception):
+    """The request was not started: the queue is full, it waited too long, or the model is being unloaded."""
+
+
+class TextOut(Protocol):
+    """Tokens of one sample to text; `runtime.text_stream.TextStream` is one."""
+
+    stopped: bool
+
+    def push(self, token: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+class NoText:
+    """For callers that want token ids only."""
+
+    stopped = False
+
+    def push(self, token: int) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt and what is wanted of it.
+
+    on_delta is called with every Delta, in order, on a thread that is not the scheduler's; if it raises,
+    the request is cancelled. stop_ids are the tokens that end a sample, the model's own and the request's;
+    open_text makes the text stream of each sample.
+    """
+
+    prompt: Sequence[int]
+    params: SamplingParams
+    on_delta: Callable[[Delta], object]
+    stop_ids: frozenset[int] = frozenset()
+    open_text: Callable[[], TextOut] = NoText
+
+
+@dataclass(slots=True, eq=False)
+class Sample:
+    """One of a request's n answers."""
+
+    job: Job
+    index: int
+    sampler: Sampler
+    text: TextOut
+    slot: int
+    limit: int
+    last: int = -1  # the newest token; it is not in the cache yet
+    count: int = 0
+
+    def accept(self, logits: FloatArray) -> Delta:
+        """Choose the next token. Raises EngineFailed for logits that are no numbers."""
+        token, logprob = self.sampler.sample(logits)
+        self.last = token
+        self.count += 1
+        reason = ""
+        if token in self.job.request.stop_ids:
+            text, reason = self.text.flush(), "stop"
+        else:
+            text = self.text.push(token)
+            if self.text.stopped:
+                reason = "stop"
+            elif self.count >= self.limit:
+                text, reason = text + self.text.flush(), "length"
+        return Delta(self.index, text, (token,), () if logprob is None else (logprob,), reason)
+
+    def rest(self) -> str:
+        """What was held back of the text; nothing when that cannot be had either."""
+        try:
+            return self.text.flush()
+        except Exception:  # it may be the reason why the request ends
+            return ""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A request and how far it is; the scheduler's thread alone changes it."""
+
+    request: Request
+    prompt: TokenArray
+    submitted: float
+    outbox: Outbox
+    state: str = "queued"  # then "prefill", "running", "done"
+    open: dict[int, Sample | None] = field(default_factory=dict)  # by index; not ended yet
+    cached: int = 0
+    completion: int = 0
+    started: float | None = None
+    answered: float | None = None
+
+    def __post_init__(self) -> None:
+        self.open = dict.fromkeys(range(self.request.params.n))
+
+    @property
+    def samples(self) -> list[Sample]:
+        """Those that have a slot."""
+        return [sample for sample in self.open.values() if sample]
+
+    def usage(self, now: float) -> dict[str, float]:
+        """Tokens over all samples and times in milliseconds, for the request's last delta."""
+        started = now if self.started is None else self.started
+        answered = now if self.answered is None else self.answered
+        return {
+            "prompt_tokens": len(self.prompt),
+            "completion_tokens": self.completion,
+            "cached_tokens": self.cached,
+            "queue_ms": round((started - self.submitted) * 1000, 3),
+            "prefill_ms": round((answered - started) * 1000, 3),
+            "total_ms": round((now - self.submitted) * 1000, 3),
+        }
+
+
+class Handle:
+    """A submitted request."""
+
+    def __init__(self, job: Job, cancel: Callable[[Job], None]) -> None:
+        self._job = job
+        self._cancel = cancel
+
+    def cancel(self) -> None:
+        """Stop generating; from any thread, at any time, more than once. Samples end as "cancelled"."""
+        self._cancel(self._job)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Until the consumer was given the last delta; False when `timeout` seconds were not enough."""
+        return self._job.outbox.done.wait(timeout)

@@ -1,0 +1,352 @@
+"""Continuous batching over the engine's slots: a request joins and leaves at any step.
+
+One thread runs `step` for ever: drop what was cancelled or waited too long, prefill one chunk of the request
+whose turn it is, decode one token of every running sequence, hand out what came of it. So a running stream
+waits for at most one chunk between two of its tokens, and a cancelled one frees its slots within one step.
+
+Requests start in the order they came. One is prefilled at a time: it takes its slots when its turn comes, so
+that it finds whatever its predecessors have left in the cache.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from triton_repo.runtime.delivery import Delivers, Delivery, Delta, Outbox
+from triton_repo.runtime.jobs import Busy, Handle, Job, Request, Sample
+from triton_repo.runtime.sampling import FloatArray, Sampler
+from triton_repo.runtime.slots import SlotTable, TokenArray
+from triton_repo.runtime.texts import BadRequest, EngineFailed
+
+# The rate of tokens is that of so many whole seconds past.
+_RATE_SECONDS = 5
+
+
+class DecodesTokens(Protocol):
+    """What this module needs of an engine; `runtime.decoder.DecoderEngine` is one."""
+
+    slots: int
+    capacity: int
+    chunk: int
+    vocabulary: int
+
+    def prefill(self, slot: int, tokens: Sequence[int], start: int) -> FloatArray: ...
+
+    def decode(self, slots: Sequence[int], tokens: Sequence[int], lengths: Sequence[int]) -> FloatArray: ...
+
+    def copy(self, source: int, target: int, length: int) -> None: ...
+
+
+class Scheduler:
+    """Owns an engine; `submit`, a handle's methods and `snapshot` may be called from any thread.
+
+    max_queue is how many requests may wait beyond those that the free slots take at once, queue_timeout_s
+    how long one may wait for its turn, clock gives monotonic seconds. Without `start`, nothing happens but
+    in `step`.
+    """
+
+    def __init__(
+        self,
+        engine: DecodesTokens,
+        *,
+        max_queue: int = 256,
+        queue_timeout_s: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
+        delivery: Delivers | None = None,
+    ) -> None:
+        self._engine = engine
+        self._table = SlotTable(engine.slots, engine.capacity)
+        self._max_queue = max_queue
+        self._queue_timeout = queue_timeout_s
+        self._clock = clock
+        self._delivery = delivery or Delivery()
+        self._changed = threading.Condition()
+        self._queue: deque[Job] = deque()
+        self._cancelled: deque[Job] = deque()
+        self._prefilling: Job | None = None
+        self._running: list[Sample] = []
+        self._closing = False
+        self._thread: threading.Thread | None = None
+        self._totals = {"prompt": 0, "cached": 0, "generated": 0}
+        self._outcomes = dict.fromkeys(("completed", "cancelled", "failed", "refused", "expired"), 0)
+        self._rate: deque[tuple[int, int]] = deque(maxlen=_RATE_SECONDS + 1)
+
+    # From any thread.
+
+    def submit(self, request: Request) -> Handle:
+        """Put a request in the queue; returns at once.
+
+        Raises BadRequest for what can never run here (naming the field), Busy when the queue is full.
+        """
+        try:
+            prompt = self._checked(request)
+        except BadRequest:
+            self._outcomes["refused"] += 1
+            raise
+        job = Job(request, prompt, self._clock(), Outbox(request.on_delta, lambda: self._cancel(job)))
+        with self._changed:
+            if self._closing:
+                raise Busy("the model is being unloaded")
+            waiting = len(self._queue)
+            if waiting >= self._max_queue + self._table.free:
+                self._outcomes["refused"] += 1
+                raise Busy(f"the queue is full: {waiting} requests are waiting for a slot; try again later")
+            self._queue.append(job)
+            self._changed.notify()
+        return Handle(job, self._cancel)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Gauges and running totals; `requests_total` by outcome."""
+        now = int(self._clock())
+        recent = sum(count for second, count in tuple(self._rate) if now - _RATE_SECONDS <= second < now)
+        return {
+            "slots": self._table.slots,
+            "slots_active": self._table.slots - self._table.free,
+            "queue": len(self._queue),
+            "cache_tokens": self._table.cached,
+            "cache_capacity_tokens": self._table.slots * self._table.capacity,
+            "tokens_per_second": recent / _RATE_SECONDS,
+            "prompt_tokens_total": self._totals["prompt"],
+            "cached_tokens_total": self._totals["cached"],
+            "generated_tokens_total": self._totals["generated"],
+            "requests_total": dict(self._outcomes),
+        }
+
+    def start(self) -> None:
+        """Run the loop in a thread of its own."""
+        self._thread = threading.Thread(target=self._loop, name="scheduler", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End what runs or waits as "cancelled", then stop the loop; what was answered is still delivered."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if self._thread:
+            self._thread.join()
+        else:
+            self._end_all("cancelled")
+        self._delivery.close()
+
+    def _cancel(self, job: Job) -> None:
+        with self._changed:
+            self._cancelled.append(job)
+            self._changed.notify()
+
+    def _checked(self, request: Request) -> TokenArray:
+        request.params.validate()
+        engine, params, count = self._engine, request.params, len(request.prompt)
+        if not count:
+            raise BadRequest("the prompt has no tokens")
+        if count > engine.capacity:
+            raise BadRequest(f"the prompt has {count} tokens; a slot of this model holds {engine.capacity}")
+        if params.n > engine.slots:
+            raise BadRequest(f"'n' is {params.n}; this model has {engine.slots} slots")
+        last = engine.vocabulary - 1
+        if max(params.stop_token_ids, default=0) > last:
+            raise BadRequest(
+                f"'stop_token_ids' has {max(params.stop_token_ids)}; the model knows 0 to {last}"
+            )
+        prompt = np.asarray(request.prompt, dtype=np.int64)
+        if prompt.min() < 0 or prompt.max() > last:
+            wrong = int(prompt[(prompt < 0) | (prompt > last)][0])
+            raise BadRequest(f"the prompt has token {wrong}; the model knows 0 to {last}")
+        return prompt.astype(np.int32)
+
+    # From the scheduler's thread.
+
+    def _loop(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._closing or self._queue or self._cancelled or self._busy):
+                    self._changed.wait()
+                if self._closing:
+                    break
+            try:
+                self.step()
+            except Exception as error:  # a fault of ours: what runs is lost, what comes next is served
+                self._end_all("error", EngineFailed(f"the scheduler failed: {error!r}"))
+                self._table = SlotTable(self._engine.slots, self._engine.capacity)
+        self._end_all("cancelled")
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self._running or self._prefilling)
+
+    def step(self) -> bool:
+        """One turn of the loop; whether there is more to do."""
+        while self._cancelled:
+            job = self._cancelled.popleft()
+            if job.state != "done":
+                self._end(job, "cancelled")
+        self._drop_expired()
+        self._prefill()
+        self._decode()
+        return self._busy or bool(self._queue)
+
+    def _drop_expired(self) -> None:
+        # All may wait equally long, so the first in the queue expires first.
+        while self._queue:
+            job = self._queue[0]
+            if self._clock() - job.submitted <= self._queue_timeout:
+                return
+            late = Busy(f"no slot became free within {self._queue_timeout:g} s; try again later")
+            self._end(job, "error", late)
+
+    def _prefill(self) -> None:
+        """At most one chunk; the last one of a prompt gives all its samples their first token."""
+        try:
+            job = self._prefilling or self._admit()
+            if job is None:
+                return
+            logits = self._prefill_chunk(job)
+            if logits is None:
+                return
+            self._share_prompt(job)
+        except Exception as error:  # whatever the engine library raises
+            if self._prefilling is None:
+                raise
+            failure = EngineFailed(f"the engine failed on the prompt: {error}")
+            self._end(self._prefilling, "error", failure, forget=True)
+            return
+        self._prefilling = None
+        job.state, job.answered = "running", self._clock()
+        samples = job.samples
+        self._running += samples
+        # Before the next step, so that the first token does not wait for the others' next ones.
+        self._accept(samples, [logits] * len(samples))
+
+    def _admit(self) -> Job | None:
+        """The next request in the queue, if there are slots for all its samples."""
+        with self._changed:
+            if not self._queue or self._queue[0].request.params.n > self._table.free:
+                return None
+            job = self._prefilling = self._queue.popleft()
+        job.state, job.started = "prefill", self._clock()
+        request, length = job.request, len(job.prompt)
+        limit = min(request.params.max_tokens, self._engine.capacity - length + 1)
+        for index in range(request.params.n):
+            sampler = Sampler(request.params, request.prompt, self._engine.vocabulary, sample=index)
+            text = request.open_text()
+            # The prompt's last token is computed in any case: its logits are wanted.
+            slot = self._table.take(job.prompt, length - 1 if index == 0 else length)
+            job.open[index] = Sample(job, index, sampler, text, slot, limit)
+        first = job.samples[0].slot
+        source = self._table.source(job.prompt, length - 1, first)
+        if source:
+            self._copy(source[0], first, source[1])
+        job.cached = self._table.length(first)
+        self._totals["prompt"] += length
+        self._totals["cached"] += job.cached
+        return job
+
+    def _prefill_chunk(self, job: Job) -> FloatArray | None:
+        """Logits [vocabulary] behind the prompt's last token, or None when there is more of it."""
+        slot = job.samples[0].slot
+        start = self._table.length(slot)
+        tokens = job.prompt[start : start + self._engine.chunk]
+        logits = self._engine.prefill(slot, tokens.tolist(), start)
+        self._table.extend(slot, tokens)
+        return logits if self._table.length(slot) == len(job.prompt) else None
+
+    def _share_prompt(self, job: Job) -> None:
+        first, *others = job.samples
+        for sample in others:
+            if self._table.length(sample.slot) < len(job.prompt):
+                self._copy(first.slot, sample.slot, len(job.prompt))
+
+    def _copy(self, source: int, target: int, length: int) -> None:
+        self._engine.copy(source, target, length)
+        self._table.copied(source, target, length)
+
+    def _decode(self) -> None:
+        running = list(self._running)
+        if not running:
+            return
+        slots = [sample.slot for sample in running]
+        tokens = [sample.last for sample in running]
+        try:
+            logits = self._engine.decode(slots, tokens, [self._table.length(slot) for slot in slots])
+        except Exception as error:  # whatever the engine library raises
+            failure = EngineFailed(f"the engine failed on a step of {len(slots)} sequences: {error}")
+            for job in dict.fromkeys(sample.job for sample in running):
+                self._end(job, "error", failure, forget=True)
+            return
+        self._table.append(slots, tokens)
+        self._accept(running, logits)
+
+    def _accept(self, samples: Sequence[Sample], logits: Sequence[FloatArray] | FloatArray) -> None:
+        """Give each sample its next token, end those that are complete, deliver."""
+        batch: list[tuple[Outbox, Delta]] = []
+        for sample, row in zip(samples, logits, strict=True):
+            job = sample.job
+            if job.state == "done":
+                continue
+            try:
+                delta = sample.accept(row)
+            except Exception as error:  # of this sequence alone: logits that are no numbers
+                ours = EngineFailed(f"the next token could not be chosen: {error!r}")
+                failure = error if isinstance(error, EngineFailed) else ours
+                self._delivery.post(batch)
+                batch = []
+                self._end(job, "error", failure, forget=True)
+                continue
+            job.completion += 1
+            if delta.finish_reason:
+                delta = self._end_sample(sample, delta)
+            batch.append((job.outbox, delta))
+        self._delivery.post(batch)
+        self._count(len(batch))
+
+    def _end_sample(self, sample: Sample, delta: Delta) -> Delta:
+        """Free the slot; the request's last delta gets the usage."""
+        job = sample.job
+        self._running.remove(sample)
+        del job.open[sample.index]
+        self._table.release(sample.slot)
+        if job.open:
+            return delta
+        job.state = "done"
+        self._outcomes["completed"] += 1
+        return replace(delta, usage=job.usage(self._clock()))
+
+    def _end(self, job: Job, reason: str, error: Exception | None = None, *, forget: bool = False) -> None:
+        """End a whole request early, wherever it is; `forget` what its slots hold if an engine call broke."""
+        if job.state == "queued":
+            with self._changed:
+                self._queue.remove(job)
+        if job is self._prefilling:
+            self._prefilling = None
+        self._running = [sample for sample in self._running if sample.job is not job]
+        job.state = "done"
+        deltas = []
+        for index, sample in job.open.items():
+            deltas.append(Delta(index, sample.rest() if sample else "", finish_reason=reason, error=error))
+            if sample:
+                if forget:
+                    self._table.forget(sample.slot)
+                self._table.release(sample.slot)
+        job.open.clear()
+        deltas[-1] = replace(deltas[-1], usage=job.usage(self._clock()))
+        outcome = "cancelled" if reason == "cancelled" else "expired" if isinstance(error, Busy) else "failed"
+        self._outcomes[outcome] += 1
+        self._delivery.post([(job.outbox, delta) for delta in deltas])
+
+    def _end_all(self, reason: str, error: Exception | None = None) -> None:
+        jobs = [sample.job for sample in self._running] + [self._prefilling] + list(self._queue)
+        for job in dict.fromkeys(job for job in jobs if job):
+            self._end(job, reason, error, forget=True)
+
+    def _count(self, tokens: int) -> None:
+        self._totals["generated"] += tokens
+        second = int(self._clock())
+        if self._rate and self._rate[-1][0] == second:
+            tokens += self._rate.pop()[1]
+        self._rate.append((second, tokens))
