@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from build_engines.errors import GateError
 from build_engines.gates import GateReport
@@ -19,6 +19,13 @@ from build_engines.quantize.quantizer import Mode
 
 Modes = dict[str, Mode]
 Judge = Callable[[Modes], GateReport]
+
+
+class Layer(Protocol):
+    """Anything with a name that can be computed in more than one way."""
+
+    @property
+    def name(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +61,7 @@ class Outcome:
 
 
 def find_passing_modes(
-    linears: Sequence[Linear],
+    linears: Sequence[Layer],
     start: Mode,
     judge: Judge,
     measure_sensitivity: Callable[[], Mapping[str, float]],
