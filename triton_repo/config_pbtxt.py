@@ -20,13 +20,14 @@ InstanceKind = Literal["KIND_CPU", "KIND_GPU"]
 class TensorSpec:
     """One input or output; `dims` without the batch dimension, -1 for a size that differs per request.
 
-    `ragged`: requests whose sizes differ may share a batch.
+    `ragged`: requests whose sizes differ may share a batch. `optional`: a request may leave the input out.
     """
 
     name: str
     data_type: DataType
     dims: tuple[int, ...]
     ragged: bool = False
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +61,11 @@ class WarmupSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConfigSpec:
-    """Everything config.pbtxt says about one Python-backend model."""
+    """Everything config.pbtxt says about one Python-backend model.
+
+    `decoupled`: it answers a request with any number of responses. `max_batch` 0: tensors have no batch
+    dimension, and requests are never batched by Triton.
+    """
 
     name: str
     max_batch: int
@@ -70,6 +75,7 @@ class ConfigSpec:
     kind: InstanceKind = "KIND_CPU"
     instances: int = 1
     cache: bool = False
+    decoupled: bool = False
     warmup: tuple[WarmupSpec, ...] = ()
     parameters: Mapping[str, str] = field(default_factory=dict)
 
@@ -86,6 +92,7 @@ def to_message(spec: ConfigSpec) -> Any:
             data_type=types[tensor.name],
             dims=tensor.dims,
             allow_ragged_batch=tensor.ragged,
+            optional=tensor.optional,
         )
     for tensor in spec.outputs:
         kind = pb.DataType.Value(f"TYPE_{tensor.data_type}")
@@ -95,10 +102,15 @@ def to_message(spec: ConfigSpec) -> Any:
             raise RepositoryError(f"{spec.name}: dynamic batching needs max_batch_size of at least 1")
         message.dynamic_batching.CopyFrom(_batching(pb, spec.name, spec.batching))
     message.instance_group.add(kind=pb.ModelInstanceGroup.Kind.Value(spec.kind), count=spec.instances)
+    if spec.cache and spec.decoupled:
+        raise RepositoryError(f"{spec.name}: Triton caches no responses of a decoupled model")
     if spec.cache:
         message.response_cache.enable = True
+    if spec.decoupled:
+        message.model_transaction_policy.decoupled = True
     for warmup in spec.warmup:
-        sample = message.model_warmup.add(name=warmup.name, batch_size=1 if spec.max_batch else 0)
+        # 1 also for a model without batches: Triton leaves out a warm-up of 0.
+        sample = message.model_warmup.add(name=warmup.name, batch_size=1)
         for name, (dims, file) in warmup.files.items():
             entry = sample.inputs[name]
             entry.data_type, entry.input_data_file = types[name], file

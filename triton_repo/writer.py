@@ -1,8 +1,8 @@
 """Engines to a Triton model repository, written aside and renamed.
 
     <repository>/<Triton model>/config.pbtxt
-    <repository>/<Triton model>/warmup/text
-    <repository>/<Triton model>/1/model.py, manifest.json, engine and tokenizer files (hard links)
+    <repository>/<Triton model>/warmup/<tensor>
+    <repository>/<Triton model>/1/model.py, manifest.json, engine, tokenizer and chat template (hard links)
     <repository>/<Triton model>/1/triton_repo/__init__.py, runtime/*.py
 
 Beside it: stack.json, which tells the client what is served, and evaluation/<model>.jsonl.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from build_engines.errors import ArtifactError, OnecardError, RepositoryError
 from build_engines.stack import Model, Stack
 from triton_repo.config_pbtxt import render, to_message
 from triton_repo.encoders import WARMUP_FILE, encoder_spec, warmup_bytes
+from triton_repo.generators import generator_spec, warmup_files
 from triton_repo.runtime import fingerprint
 from triton_repo.runtime.session import EngineRefused, check_files, read_manifest
 
 _PACKAGE = Path(__file__).parent
-_MODEL_FILE = _PACKAGE / "models" / "encoder.py"
+_BUILD_AGAIN = "build it again: build-engines build"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,34 +77,64 @@ def _entries(model: Model, engines_dir: Path, target: str) -> list[Entry]:
             manifest = read_manifest(folder)
             check_files(folder, manifest)
         except EngineRefused as error:
-            raise ArtifactError(str(error), next_step="build the engine again: build-engines build") from None
+            raise ArtifactError(str(error), next_step=_BUILD_AGAIN) from None
         expected = {"model": model.name, "task": model.task, "precision": precision, "target": target}
         wrong = {key: manifest.get(key) for key, value in expected.items() if manifest.get(key) != value}
         if wrong:
             raise ArtifactError(
                 f"{folder}: the engine was built for {wrong}, this place is for {expected}",
-                next_step="build the engine again: build-engines build",
+                next_step=_BUILD_AGAIN,
             )
-        if (built := manifest["serving"]["overflow"]) != model.overflow:
-            raise ArtifactError(
-                f"{folder}: the engine was built with overflow = {built!r}, the stack file says "
-                f"{model.overflow!r}",
-                next_step="build it again, which takes seconds: build-engines build",
-            )
+        if stale := _stale(model, manifest["serving"]):
+            raise ArtifactError(f"{folder}: the engine was built with {stale}", next_step=_BUILD_AGAIN)
         entries.append(Entry(name, model, folder, manifest))
     return entries
+
+
+def _stale(model: Model, serving: Mapping[str, Any]) -> str:
+    """What the stack file now says otherwise than the engine was built; empty when nothing.
+
+    A length is bounded by the positions that the checkpoint has. What an LLM's stack file leaves open (0) is
+    the plan's choice, and the engine holds what it chose.
+    """
+    if model.task == "generate":
+        slots, capacity, chunk = serving["slots"], serving["capacity"], serving["chunk"]
+        limit = serving.get("positions") or model.max_length
+        pairs = [
+            ("slots", slots, model.slots or slots),
+            ("max_length", capacity, min(model.max_length, limit) or capacity),
+            ("prefill_chunk", min(chunk, capacity), min(model.prefill_chunk, capacity)),
+        ]
+    else:
+        limit = serving.get("max_positions") or model.max_length
+        pairs = [
+            ("overflow", serving["overflow"], model.overflow),
+            ("max_batch", serving["max_batch"], model.max_batch),
+            ("max_length", serving["max_length"], min(model.max_length, limit)),
+        ]
+    return ", ".join(
+        f"{name} = {built!r} where the stack file says {wanted!r}"
+        for name, built, wanted in pairs
+        if built != wanted
+    )
 
 
 def _write_model(entry: Entry, folder: Path, runtime: str) -> None:
     version = folder / "1"
     version.mkdir(parents=True)
-    spec = encoder_spec(entry.model, entry.name, entry.manifest, runtime)
+    if entry.model.task == "generate":
+        spec, warmup = generator_spec(entry.model, entry.name, entry.manifest, runtime), warmup_files()
+    else:
+        spec = encoder_spec(entry.model, entry.name, entry.manifest, runtime)
+        warmup = {WARMUP_FILE: warmup_bytes()}
     (folder / "config.pbtxt").write_text(render(to_message(spec)), encoding="utf-8")
     (folder / "warmup").mkdir()
-    (folder / "warmup" / WARMUP_FILE).write_bytes(warmup_bytes())
+    for name, content in warmup.items():
+        (folder / "warmup" / name).write_bytes(content)
     for name in ("manifest.json", entry.manifest["engine"]["file"], *entry.manifest["files"]):
         link_or_copy(entry.folder / name, version / name)
-    shutil.copyfile(_MODEL_FILE, version / "model.py")
+    served_by = "generator.py" if entry.model.task == "generate" else "encoder.py"
+    shutil.copyfile(_PACKAGE / "models" / served_by, version / "model.py")
     package = version / "triton_repo"
     (package / "runtime").mkdir(parents=True)
     shutil.copyfile(_PACKAGE / "__init__.py", package / "__init__.py")
@@ -114,35 +146,46 @@ def _write_summary(stack: Stack, entries: list[Entry], folder: Path) -> None:
     models: dict[str, Any] = {}
     for entry in entries:
         model, serving = entry.model, entry.manifest["serving"]
-        record = models.setdefault(
-            model.name,
-            {
+        if model.name not in models:
+            models[model.name] = {
                 "task": model.task,
                 "source": str(stack.checkpoint_dir(model).absolute()),
                 "variants": {},
                 "evaluation": _write_evaluation(model, folder / "evaluation" / f"{model.name}.jsonl"),
-                "max_length": serving["max_length"],
-                "max_batch": serving["max_batch"],
-                "labels": serving.get("labels"),
-                "overflow": serving["overflow"],
-                "pooling": serving.get("pooling") or model.pooling,
-                "normalize": model.normalize,
-            },
-        )
-        record["variants"][entry.manifest["precision"]] = entry.name
+                **_limits(model, serving),
+            }
+        models[model.name]["variants"][entry.manifest["precision"]] = entry.name
     summary = {"stack": stack.name, "target": entries[0].manifest["target"], "models": models}
     write_text(folder / "stack.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+
+
+def _limits(model: Model, serving: Mapping[str, Any]) -> dict[str, Any]:
+    if model.task == "generate":
+        return {name: serving[name] for name in ("slots", "capacity", "chunk")}
+    return {
+        "max_length": serving["max_length"],
+        "max_batch": serving["max_batch"],
+        "labels": serving.get("labels"),
+        "overflow": serving["overflow"],
+        "pooling": serving.get("pooling") or model.pooling,
+        "normalize": model.normalize,
+    }
 
 
 def _write_evaluation(model: Model, out: Path) -> str | None:
     """Copy the evaluation data as JSONL, so that the client needs nothing of the build tool to read it."""
     if model.evaluation is None:
         return None
-    from calibration.samples import load_groups, load_texts
+    from calibration.samples import load_conversations, load_groups, load_texts
 
     reference = model.evaluation.path or model.evaluation.spec
     records: list[dict[str, Any]]
-    if model.task == "rerank":
+    if model.task == "generate":
+        records = [
+            {"messages": found.turns()} if found.messages else {"text": found.text}
+            for found in load_conversations(reference)
+        ]
+    elif model.task == "rerank":
         records = [
             {"query": group.query, "passages": group.passages, "relevance": group.relevance}
             for group in load_groups(reference)

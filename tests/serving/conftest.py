@@ -23,24 +23,28 @@ card = "rtx-5070-ti"
 task = "classify"
 source = "./label"
 precisions = ["fp32"]
+max_length = 64
 evaluation = "texts.jsonl"
 
 [models.vector]
 task = "embed"
 source = "./vector"
 precisions = ["fp32"]
+max_length = 64
 evaluation = "texts.jsonl"
 
 [models.order]
 task = "rerank"
 source = "./order"
 precisions = ["fp32"]
+max_length = 64
 evaluation = "groups.jsonl"
 
 [models.strict]
 task = "embed"
 source = "./vector"
 precisions = ["fp32"]
+max_length = 64
 instances = 2
 overflow = "refuse"
 cache = true
@@ -49,6 +53,7 @@ cache = true
 task = "embed"
 source = "./vector"
 precisions = ["fp32"]
+max_length = 64
 [models.narrow.queue]
 max_size = 1
 timeout_ms = 2000
@@ -100,7 +105,7 @@ def served(built: tuple[Path, dict[str, Path]]) -> Iterator[Served]:
 def one_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stack of one small model, for tests that start and stop servers of their own."""
     folder = tmp_path_factory.mktemp("one")
-    model = '[models.vector]\ntask = "embed"\nsource = "./vector"\nprecisions = ["fp32"]\n'
+    model = '[models.vector]\ntask = "embed"\nsource = "./vector"\nprecisions = ["fp32"]\nmax_length = 64\n'
     (folder / "one.toml").write_text(f'name = "one"\ncard = "rtx-5070-ti"\n{model}')
     checkpoint = write_checkpoint(folder / "vector", "embed", seed=1)
     engines = folder / "engines"

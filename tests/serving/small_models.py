@@ -118,7 +118,7 @@ def build_engine(checkpoint: Path, folder: Path, *, model: str, task: str, **ser
         "target": "onnxruntime",
         "engine": {"file": "engine.onnx", **record("engine.onnx")},
         "files": {"tokenizer.json": record("tokenizer.json")},
-        "serving": {**graph.serving, "max_length": 64, "max_batch": 16, "overflow": "truncate"} | serving,
+        "serving": {**graph.serving, "max_length": 64, "max_batch": 64, "overflow": "truncate"} | serving,
     }
     manifest["digest"] = manifest_digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -30,7 +30,10 @@ class TritonPythonModel:
         sys.path.insert(0, str(folder))
         config = json.loads(args["model_config"])
         parameters = {name: entry["string_value"] for name, entry in config["parameters"].items()}
-        self._check_runtime(parameters)
+        from triton_repo.runtime import mismatch
+
+        if reason := mismatch(parameters["runtime"]):
+            raise pb_utils.TritonModelException(f"engine refused: {reason}")
         from triton_repo.runtime.encode import Encoder
         from triton_repo.runtime.service import EncoderService
         from triton_repo.runtime.session import EngineRefused
@@ -74,16 +77,6 @@ class TritonPythonModel:
         """Free the engine before the interpreter goes."""
         self._metrics.report(self._service, now=True)
         del self._service
-
-    def _check_runtime(self, parameters: dict[str, str]) -> None:
-        from triton_repo.runtime import __file__ as origin
-        from triton_repo.runtime import fingerprint
-
-        if fingerprint() != parameters["runtime"]:
-            raise self._pb.TritonModelException(
-                f"engine refused: {Path(origin).parent} is not the runtime that this repository was written "
-                "with; write the repository again"
-            )
 
 
 def _threads(config: dict[str, Any]) -> int | None:

@@ -19,3 +19,13 @@ def fingerprint(package: Path | None = None) -> str:
         digest.update(f"{path.name}:{len(source)}\n".encode())
         digest.update(source)
     return digest.hexdigest()
+
+
+def mismatch(expected: str) -> str | None:
+    """Why these files are not the runtime that a repository was written with; None when they are."""
+    if fingerprint() == expected:
+        return None
+    return (
+        f"{Path(__file__).parent} is not the runtime that this repository was written with; "
+        "write the repository again"
+    )

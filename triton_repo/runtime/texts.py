@@ -34,6 +34,14 @@ def read_texts(values: npt.NDArray[Any], name: str) -> list[str]:
 
 def read_text(value: Any, where: str) -> str:
     """One text: valid UTF-8, not blank, at most MAX_CHARACTERS. Raises BadRequest naming `where`."""
+    text = decode_text(value, where)
+    if not text or text.isspace():
+        raise BadRequest(f"{where} is {'blank' if text else 'empty'}")
+    return text
+
+
+def decode_text(value: Any, where: str) -> str:
+    """One text, blank or not: valid UTF-8, at most MAX_CHARACTERS. Raises BadRequest naming `where`."""
     raw = value if isinstance(value, bytes) else bytes(value)
     # UTF-8 needs at most four bytes per character, so this refuses without decoding.
     if len(raw) > 4 * MAX_CHARACTERS:
@@ -46,8 +54,6 @@ def read_text(value: Any, where: str) -> str:
         ) from None
     if len(text) > MAX_CHARACTERS:
         raise BadRequest(f"{where} has {len(text)} characters; at most {MAX_CHARACTERS} are read")
-    if not text or text.isspace():
-        raise BadRequest(f"{where} is {'blank' if text else 'empty'}")
     return text
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,15 @@ def expected_embedding(ids: list[int]) -> list[float]:
     return [float(sum(ids)), float(len(ids))]
 
 
-def seal(folder: Path, model: str, precision: str, task: str, **serving: Any) -> None:
+def seal(
+    folder: Path,
+    model: str,
+    precision: str,
+    task: str,
+    *,
+    files: Sequence[str] = ("tokenizer.json",),
+    **serving: Any,
+) -> None:
     def record(name: str) -> dict[str, Any]:
         return {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
 
@@ -58,7 +66,7 @@ def seal(folder: Path, model: str, precision: str, task: str, **serving: Any) ->
         "precision": precision,
         "target": "onnxruntime",
         "engine": {"file": "engine.onnx", **record("engine.onnx")},
-        "files": {"tokenizer.json": record("tokenizer.json")},
+        "files": {name: record(name) for name in files},
         "versions": {"onnxruntime": "1.31.1"},
         "serving": {
             "inputs": ["input_ids", "attention_mask"],

@@ -35,6 +35,8 @@ task = "classify"
 source = "./sentiment"
 precisions = ["int8", "fp16"]
 evaluation = "reviews.csv"
+max_batch = 4
+max_length = 16
 
 [models.order]
 task = "rerank"
@@ -42,6 +44,8 @@ source = "./order"
 precisions = ["fp16"]
 evaluation = "groups.jsonl"
 cache = true
+max_batch = 4
+max_length = 16
 """
 
 
@@ -234,12 +238,34 @@ def test_two_writers_do_not_meet(tmp_path: Path) -> None:
     assert (tmp_path / "out").is_dir()
 
 
-def test_engines_of_another_overflow_rule_are_refused(stack: Stack, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("was", "now", "message"),
+    [
+        ('task = "rerank"', 'task = "rerank"\noverflow = "refuse"', "overflow = 'truncate'.* says 'refuse'"),
+        ("max_length = 16", "max_length = 32", "max_length = 16 where the stack file says 32"),
+        ("max_batch = 4", "max_batch = 8", "max_batch = 4 where the stack file says 8"),
+    ],
+)
+def test_engines_of_another_stack_file_are_refused(
+    stack: Stack, tmp_path: Path, was: str, now: str, message: str
+) -> None:
     path = tmp_path / "stack.toml"
-    path.write_text(STACK.replace('task = "rerank"', 'task = "rerank"\noverflow = "refuse"'))
+    path.write_text(STACK.replace(was, now))
     changed = load_stack(path, build_dir=tmp_path)
-    with pytest.raises(ArtifactError, match=r"'truncate', the stack file says 'refuse'"):
+    with pytest.raises(ArtifactError, match=f"{message}(.|\n)*build it again"):
         write_repository(changed, tmp_path / "engines", tmp_path / "repository")
+
+
+def test_a_length_is_bounded_by_what_the_checkpoint_has(
+    stack: Stack, tmp_path: Path, engine_folder: Callable[..., Path]
+) -> None:
+    path = tmp_path / "stack.toml"
+    path.write_text(STACK.replace("max_length = 16", "max_length = 512"))
+    for variant in ("sentiment/int8", "sentiment/fp16", "order/fp16"):
+        model, precision = variant.split("/")
+        task = "rerank" if model == "order" else "classify"
+        seal(tmp_path / "engines" / variant / "onnxruntime", model, precision, task, max_positions=16)
+    write_repository(load_stack(path, build_dir=tmp_path), tmp_path / "engines", tmp_path / "repository")
 
 
 def test_the_command_line_finds_engines_that_were_built_elsewhere(stack: Stack, tmp_path: Path) -> None:

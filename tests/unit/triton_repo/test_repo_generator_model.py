@@ -1,0 +1,231 @@
+"""The model file of a causal LLM, a fake Triton before it, a fake service behind: each request ends once."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from triton_fakes import USAGE, Request, Service, TritonModelException, fake_triton
+
+from triton_repo.runtime import fingerprint
+from triton_repo.runtime.delivery import Delta
+from triton_repo.runtime.jobs import Busy
+from triton_repo.runtime.session import EngineRefused
+
+GAUGES = ("slots", "slots_active", "queue", "cache_tokens", "cache_capacity_tokens", "tokens_per_second")
+TOTALS = ("prompt_tokens_total", "cached_tokens_total", "generated_tokens_total")
+
+
+class Loaded:
+    """A model that was initialized, and what is around it."""
+
+    def __init__(self, model: Any, triton: Any, module: Any) -> None:
+        self.model, self.triton, self.module = model, triton, module
+        self.service: Service = model._service
+
+    def ask(self, text: str = "a", **options: Any) -> Request:
+        tensors = {"text": np.array([text.encode()], dtype=object)}
+        request = Request(**({"parameters": "{}"} | options), **tensors)
+        assert self.model.execute([request]) is None
+        return request
+
+    def running(self, text: str = "a") -> tuple[Request, Any]:
+        request = self.ask(text)
+        assert self.service.arrived.acquire(timeout=5)
+        return request, self.service.handles[-1]
+
+
+def counts(**changes: Any) -> dict[str, Any]:
+    outcomes = {"completed": 0, "cancelled": 0}
+    return dict.fromkeys((*GAUGES, *TOTALS), 0) | {"requests_total": outcomes} | changes
+
+
+def arguments(**parameters: str) -> dict[str, str]:
+    found = {"max_queue": "7", "queue_timeout_ms": "1500", "runtime": fingerprint()} | parameters
+    config = {"parameters": {name: {"string_value": value} for name, value in found.items()}}
+    return {
+        "model_repository": "/nowhere",
+        "model_version": "1",
+        "model_name": "talk",
+        "model_config": json.dumps(config),
+    }
+
+
+@pytest.fixture
+def triton(monkeypatch: pytest.MonkeyPatch) -> Any:
+    triton = fake_triton()
+    generation: Any = ModuleType("triton_repo.runtime.generation")
+    generation.GenerationService = Service
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", triton)
+    monkeypatch.setitem(sys.modules, "triton_repo.runtime.generation", generation)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setattr(Service, "snapshot", lambda self: counts() | self.counts)
+    return triton
+
+
+@pytest.fixture
+def loaded(triton: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loaded]:
+    module = importlib.import_module("triton_repo.models.generator")
+    for name, value in (("_POLL_S", 0.005), ("_METRIC_INTERVAL_S", 0.01), ("_LAST_WORDS_S", 0.2)):
+        monkeypatch.setattr(module, name, value)
+    model = module.TritonPythonModel()
+    model.initialize(arguments())
+    found = Loaded(model, triton, module)
+    yield found
+    if not found.service.closed:
+        model.finalize()
+
+
+def until(condition: Callable[[], Any], seconds: float = 5.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+def test_the_queue_s_bounds_come_from_the_config(loaded: Loaded) -> None:
+    assert loaded.service.settings == {"max_queue": 7, "queue_timeout_s": 1.5}
+
+
+def test_a_stream_is_passed_on_and_closed_by_its_last_delta(loaded: Loaded) -> None:
+    request, handle = loaded.running()
+    handle.on_delta(Delta(0, "가", (1,)))
+    handle.on_delta(Delta(0, "나", (2,), (), "stop", USAGE))
+    assert [flags for _, flags in request.sender.sent] == [0, 1]
+    assert [response["text"][0].decode() for response, _ in request.sender.sent] == ["가", "나"]
+    handle.on_delta(Delta(0, "late", (3,)))
+    assert len(request.sender.sent) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "parameters", "code", "message"),
+    [
+        ("refuse", "{}", "INVALID_ARG", "'text' is refused"),
+        ("a", '{"beams": 1}', "INVALID_ARG", "unknown parameter 'beams'"),
+        ("fault", "{}", "INTERNAL", "the server failed on this request: ZeroDivisionError"),
+    ],
+)
+def test_a_refused_request_gets_its_reason_and_its_neighbours_go_on(
+    loaded: Loaded, text: str, parameters: str, code: str, message: str
+) -> None:
+    running, handle = loaded.running()
+    refused = loaded.ask(text, parameters=parameters)
+    assert (refused.sender.error.code, message in refused.sender.error.message) == (code, True)
+    assert not handle.cancelled.is_set()
+    handle.on_delta(Delta(0, "end", (1,), (), "stop", USAGE))
+    assert running.sender.sent[-1][0]["text"][0] == b"end"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(Busy("no slot became free"), "UNAVAILABLE"), (EngineRefused("secret"), "INTERNAL")],
+)
+def test_a_failure_behind_the_queue_has_its_own_code(loaded: Loaded, error: Exception, code: str) -> None:
+    request, handle = loaded.running()
+    handle.on_delta(Delta(0, "", (), (), "error", USAGE, error))
+    assert request.sender.error.code == code
+    assert "secret" not in request.sender.error.message
+
+
+def test_a_client_that_went_away_stops_its_generation_and_no_other(loaded: Loaded) -> None:
+    gone, stopped = loaded.running()
+    stays, goes_on = loaded.running()
+    gone.sender.cancelled = True
+    assert stopped.cancelled.wait(5)
+    assert gone.sender.error.code == "CANCELLED"
+    assert not goes_on.cancelled.is_set()
+    assert not stays.sender.closed.is_set()
+
+
+def test_nobody_is_asked_about_after_its_last_response(loaded: Loaded) -> None:
+    """The sender's own assertion would fail; the watching thread logs what it raises."""
+    requests = [loaded.running() for _ in range(20)]
+    for _, handle in requests:
+        time.sleep(0.002)
+        handle.on_delta(Delta(0, "", (), (), "stop", USAGE))
+    assert all(request.sender.polls for request, _ in requests)
+    assert loaded.triton.log == []
+
+
+def test_every_waiting_client_is_asked_about_in_turn(loaded: Loaded) -> None:
+    requests = [loaded.running()[0] for _ in range(3 * loaded.module._POLLED_AT_A_TIME)]
+    assert until(lambda: all(request.sender.polls >= 2 for request in requests))
+    polls = [request.sender.polls for request in requests]
+    assert max(polls) - min(polls) <= max(polls) // 2 + 2
+
+
+def test_a_response_that_cannot_be_sent_ends_the_request(loaded: Loaded) -> None:
+    request, handle = loaded.running()
+    request.sender.broken = True
+    with pytest.raises(RuntimeError, match="no room"):
+        handle.on_delta(Delta(0, "a", (1,)))
+    assert request.sender.sent == [(None, 1)]
+    handle.on_delta(Delta(0, "b", (2,)))
+    assert len(request.sender.sent) == 1
+
+
+def metrics(loaded: Loaded) -> dict[str, float]:
+    return {
+        name.removeprefix("onecard_llm_") + (f" {outcome}" if outcome else ""): metric.value
+        for name, family in loaded.triton.families.items()
+        for outcome, metric in family.made.items()
+    }
+
+
+def test_metrics_follow_the_scheduler_and_rest_when_it_does(loaded: Loaded) -> None:
+    loaded.service.counts = counts(slots=4, slots_active=2, generated_tokens_total=10)
+    loaded.running()
+    assert until(lambda: metrics(loaded).get("generated_tokens_total") == 10)
+    assert metrics(loaded)["slots"] == 4
+    outcomes = {"completed": 3, "cancelled": 1}
+    loaded.service.counts = counts(slots=4, generated_tokens_total=12, requests_total=outcomes)
+    assert until(lambda: metrics(loaded).get("generated_tokens_total") == 12)
+    expected = {"slots_active": 0.0, "requests_total completed": 3.0, "requests_total cancelled": 1.0}
+    assert until(lambda: expected.items() <= metrics(loaded).items())
+    slots = loaded.triton.families["onecard_llm_slots"].made[""]
+    assert slots.calls == 1
+
+
+def test_an_idle_model_asks_nothing(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[float] = []
+    monkeypatch.setattr(Service, "snapshot", lambda self: looks.append(time.monotonic()) or counts())
+    _, handle = loaded.running()
+    handle.on_delta(Delta(0, "", (), (), "stop", USAGE))
+    assert until(lambda: looks)
+    time.sleep(0.1)
+    seen = len(looks)
+    time.sleep(0.1)
+    assert len(looks) == seen
+
+
+def test_what_is_left_at_the_end_is_told_so(loaded: Loaded) -> None:
+    waiting, _ = loaded.running()
+    loaded.model.finalize()
+    assert waiting.sender.error.code == "CANCELLED"
+    assert "unloaded" in waiting.sender.error.message
+
+
+def test_a_refused_engine_and_a_foreign_runtime_are_load_errors(
+    triton: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("triton_repo.models.generator")
+    with pytest.raises(TritonModelException, match="not the runtime that this repository"):
+        module.TritonPythonModel().initialize(arguments(runtime="other"))
+
+    def refuse(self: Service, folder: Path, **settings: Any) -> None:
+        raise EngineRefused("engine.onnx: altered after the build")
+
+    monkeypatch.setattr(Service, "__init__", refuse)
+    with pytest.raises(TritonModelException, match=r"engine refused: engine\.onnx: altered"):
+        module.TritonPythonModel().initialize(arguments())

@@ -1,0 +1,169 @@
+"""Triton's Python-backend module as far as a model file uses it; a generation service without an engine."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from triton_repo.runtime.delivery import Delta
+from triton_repo.runtime.texts import BadRequest
+
+FINAL = 1
+USAGE = {"prompt_tokens": 1, "completion_tokens": 1}
+
+
+class Sender:
+    """A response sender that keeps what is sent. `cancelled` and `broken` are for tests to set."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[Any, int]] = []
+        self.cancelled = self.broken = False
+        self.polls = 0
+        self.closed = threading.Event()
+
+    def send(self, response: Any = None, flags: int = 0) -> None:
+        assert not self.closed.is_set(), "nothing may follow the last response"
+        if self.broken and response is not None:
+            raise RuntimeError("no room in shared memory")
+        self.sent.append((response, flags))
+        if flags == FINAL:
+            self.closed.set()
+
+    def is_cancelled(self) -> bool:
+        assert not self.closed.is_set(), "a closed sender's request is gone"
+        self.polls += 1
+        return self.cancelled
+
+    @property
+    def error(self) -> Any:
+        assert self.closed.wait(5)
+        return self.sent[-1][0]["error"]
+
+
+class Request:
+    def __init__(self, parameters: str = "{}", **tensors: Any) -> None:
+        self.sender = Sender()
+        self._parameters = parameters
+        self._tensors = tensors
+
+    def get_response_sender(self) -> Sender:
+        return self.sender
+
+    def inputs(self) -> list[Any]:
+        return [_Tensor(name, value) for name, value in self._tensors.items()]
+
+    def parameters(self) -> str:
+        return self._parameters
+
+
+class _Tensor:
+    def __init__(self, name: str, value: Any) -> None:
+        self._name, self._value = name, value
+
+    def name(self) -> str:
+        return self._name
+
+    def as_numpy(self) -> Any:
+        return self._value
+
+
+class TritonError:
+    INVALID_ARG, UNAVAILABLE, CANCELLED, INTERNAL = "INVALID_ARG", "UNAVAILABLE", "CANCELLED", "INTERNAL"
+
+    def __init__(self, message: str, code: str) -> None:
+        self.message, self.code = message, code
+
+
+class TritonModelException(Exception):
+    pass
+
+
+class MetricFamily:
+    COUNTER, GAUGE = "counter", "gauge"
+
+    def __init__(self, *, name: str, description: str, kind: str) -> None:
+        self.name, self.kind = name, kind
+        self.made: dict[str, _Metric] = {}
+
+    def Metric(self, *, labels: dict[str, str]) -> _Metric:
+        return self.made.setdefault(labels.get("outcome", ""), _Metric(self.kind))
+
+
+class _Metric:
+    def __init__(self, kind: str) -> None:
+        self.kind, self.value, self.calls = kind, 0.0, 0
+
+    def increment(self, amount: float) -> None:
+        assert self.kind == "counter"
+        assert amount > 0
+        self.value += amount
+        self.calls += 1
+
+    def set(self, value: float) -> None:
+        assert self.kind == "gauge"
+        self.value = value
+        self.calls += 1
+
+
+def fake_triton() -> ModuleType:
+    module: Any = ModuleType("triton_python_backend_utils")
+    module.TRITONSERVER_RESPONSE_COMPLETE_FINAL = FINAL
+    module.TritonError, module.TritonModelException = TritonError, TritonModelException
+    module.log = []
+    module.Logger = type("Logger", (), {"log_error": staticmethod(module.log.append)})
+    module.Tensor = lambda name, value: (name, value)
+    module.families = {}
+
+    def family(**fields: Any) -> MetricFamily:
+        return module.families.setdefault(fields["name"], MetricFamily(**fields))
+
+    family.COUNTER, family.GAUGE = MetricFamily.COUNTER, MetricFamily.GAUGE  # type: ignore[attr-defined]
+    module.MetricFamily = family
+
+    def response(*, output_tensors: Any = (), error: Any = None) -> dict[str, Any]:
+        return {**dict(output_tensors), "error": error}
+
+    module.InferenceResponse = response
+    return module  # type: ignore[no-any-return]
+
+
+class Handle:
+    def __init__(self, on_delta: Callable[[Delta], object]) -> None:
+        self.on_delta = on_delta
+        self.cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        if not self.cancelled.is_set():
+            self.cancelled.set()
+            self.on_delta(Delta(0, "", (), (), "cancelled", USAGE))
+
+
+class Service:
+    """Keeps every request; tests push the deltas. The text "refuse" is refused, "fault" breaks."""
+
+    def __init__(self, folder: Any, **settings: Any) -> None:
+        self.settings = settings
+        self.handles: list[Handle] = []
+        self.fields: list[dict[str, Any]] = []
+        self.arrived = threading.Semaphore(0)
+        self.counts: dict[str, Any] = {}
+        self.closed = False
+
+    def submit(self, fields: dict[str, Any], on_delta: Callable[[Delta], object]) -> Handle:
+        if fields.get("text") == "refuse":
+            raise BadRequest("'text' is refused")
+        if fields.get("text") == "fault":
+            raise ZeroDivisionError(f"while reading {fields['text']}")
+        handle = Handle(on_delta)
+        self.fields.append(fields)
+        self.handles.append(handle)
+        self.arrived.release()
+        return handle
+
+    def snapshot(self) -> dict[str, Any]:
+        return dict(self.counts)
+
+    def close(self) -> None:
+        self.closed = True
