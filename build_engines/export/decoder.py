@@ -33,9 +33,10 @@ Attention
 FFN
     layers.{i}.ffn.split, .ffn.act (Mul with .ffn.act.sigmoid, or Gelu), .ffn.gated.
 Ends
-    Gather `embedding` with `embedding.weight` [vocabulary, hidden] (INT8: also Gather `embedding.row_scale`
-    with `embedding.scale` [vocabulary, 1], and Mul `embedding.dequantize`); GatherND `logit_rows` before
-    `norm`.
+    Gather `embedding` with `embedding.weight` [vocabulary, hidden] (INT8: DequantizeLinear
+    `embedding.dequantize` with `embedding.scale` [vocabulary] on axis 0 before it: a target that would
+    dequantize the whole table gathers first); Mul `embedding.scaled` where the family scales; GatherND
+    `logit_rows` before `norm`; Cast `head.cast`, and Gemma 2's soft cap, after `head`.
 """
 
 from __future__ import annotations
@@ -159,11 +160,11 @@ def _embedding(blocks: Blocks, decoder: Decoder, source: QuantizedSource | None)
         x = graph.node("Gather", ["embedding.weight", "input_ids"], "embedding", axis=0)
     else:
         graph.weight("embedding.weight", _codes("embedding", source, shape))
-        graph.weight("embedding.scale", _scales("embedding", source, (shape[0], 1), blocks.dtype))
-        codes = graph.node("Gather", ["embedding.weight", "input_ids"], "embedding", axis=0)
-        scale = graph.node("Gather", ["embedding.scale", "input_ids"], "embedding.row_scale", axis=0)
-        wide = graph.node("Cast", [codes], "embedding.cast", to=_onnx_type(blocks.dtype))
-        x = graph.node("Mul", [wide, scale], "embedding.dequantize")
+        graph.weight("embedding.scale", _scales("embedding", source, shape[:1], blocks.dtype))
+        inputs = ["embedding.weight", "embedding.scale"]
+        # TensorRT takes INT8 constants nowhere but here, and fuses this into the Gather: no table in FP16.
+        table = graph.node("DequantizeLinear", inputs, "embedding.dequantize", axis=0)
+        x = graph.node("Gather", [table, "input_ids"], "embedding", axis=0)
     if architecture.embedding_scale == 1.0:
         return x
     factor = graph.constant("embedding.factor", np.array(architecture.embedding_scale, blocks.dtype))
