@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 
 from .errors import (
+    Cancelled,
     ClientError,
     ConnectionLost,
     DeadlineExceeded,
@@ -39,6 +40,18 @@ _BY_STATUS: dict[str, type[ClientError]] = {
     "405": UnexpectedAnswer,
     "UNIMPLEMENTED": UnexpectedAnswer,
 }
+
+# How the generating model begins what it says. Over HTTP Triton gives all of it status 400.
+_BEGINNINGS: tuple[tuple[str, type[ClientError]], ...] = (
+    ("the queue is full", QueueFull),
+    ("no slot became free", QueueTimeout),
+    ("the model is being unloaded", ModelNotReady),
+    ("the request was cancelled", Cancelled),
+    ("the engine failed", ServerFault),
+    ("the scheduler failed", ServerFault),
+    ("the server failed", ServerFault),
+    ("the next token could not be chosen", ServerFault),
+)
 
 
 def translate(error: BaseException, *, url: str, model: str | None, request_id: str | None) -> ClientError:
@@ -74,6 +87,10 @@ def _classify(error: BaseException, url: str) -> tuple[type[ClientError], str]:
 def _from_status(status: str, message: str, url: str) -> tuple[type[ClientError], str]:
     text = message.strip()
     lowered = text.lower()
+    if status in ("UNAVAILABLE", "400"):
+        for beginning, kind in _BEGINNINGS:
+            if lowered.startswith(beginning):
+                return kind, text
     if status in ("UNAVAILABLE", "503"):
         return _unavailable(text, lowered, url)
     if "no available versions" in lowered or "is not ready" in lowered:

@@ -186,6 +186,8 @@ def _is_int(value: Any) -> bool:
 
 
 def _range(low: int, high: int) -> str:
+    if low < 0:
+        return "of 64 bits"
     return f"from {low} up" if high >= INT32 else f"from {low} to {high}"
 
 
@@ -196,7 +198,7 @@ _PARAMETERS: dict[str, tuple[Callable[[str, Any], list[Any]], Any]] = {
     "top_p": (_real(0, 1, above=True), np.float32),
     "min_p": (_real(0, 1), np.float32),
     "repetition_penalty": (_real(0, above=True), np.float32),
-    "seed": (_whole(0, INT64), np.int64),
+    "seed": (_whole(-INT64 - 1, INT64), np.int64),
     "stop": (_strings, np.object_),
     "stop_token_ids": (_ids, np.int32),
     "n": (_whole(1, INT32), np.int32),

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_llm import FakeAsyncStream, FakeStream, responses
 
 from client.codec import InferReply, InferRequest
 from client.retry import Clock
@@ -50,6 +51,14 @@ class FakeServer:
         self.timeouts: list[float] = []
         self.replies: Callable[[InferRequest], dict[str, Any]] | None = None
         self.closed = False
+        # Streams: what the next one yields in place of its responses, and those that were opened.
+        self.scripts: list[list[Any]] = []
+        self.streams: list[Any] = []
+
+    def script_of(self, request: InferRequest, timeout: float) -> list[Any]:
+        self.requests.append(request)
+        self.timeouts.append(timeout)
+        return self.scripts.pop(0) if self.scripts else responses(request)
 
     def answer(self, request: InferRequest, timeout: float) -> InferReply:
         self.requests.append(request)
@@ -90,6 +99,10 @@ class FakeTransport(FakeServer):
     def infer(self, request: InferRequest, timeout: float) -> InferReply:
         return self.answer(request, timeout)
 
+    def stream(self, request: InferRequest, timeout: float) -> FakeStream:
+        self.streams.append(FakeStream(request, self.script_of(request, timeout)))
+        return self.streams[-1]
+
     def ask(self, question: str, model: str, timeout: float) -> Any:
         return self.report(question, model)
 
@@ -100,6 +113,10 @@ class FakeTransport(FakeServer):
 class FakeAsyncTransport(FakeServer):
     async def infer(self, request: InferRequest, timeout: float) -> InferReply:
         return self.answer(request, timeout)
+
+    def stream(self, request: InferRequest, timeout: float) -> FakeAsyncStream:
+        self.streams.append(FakeAsyncStream(request, self.script_of(request, timeout)))
+        return self.streams[-1]
 
     async def ask(self, question: str, model: str, timeout: float) -> Any:
         return self.report(question, model)
