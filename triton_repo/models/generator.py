@@ -46,18 +46,19 @@ class TritonPythonModel:
 
         if reason := mismatch(parameters["runtime"]):
             raise pb_utils.TritonModelException(f"engine refused: {reason}")
+        from triton_repo.runtime.chat import TemplateRefused
         from triton_repo.runtime.generation import GenerationService
         from triton_repo.runtime.session import EngineRefused
         from triton_repo.runtime.tokenization import TokenizerRefused
 
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         try:
-            self._service = GenerationService(
+            self._service = GenerationService.open(
                 folder,
                 max_queue=int(parameters["max_queue"]),
                 queue_timeout_s=int(parameters["queue_timeout_ms"]) / 1000,
             )
-        except (EngineRefused, TokenizerRefused) as error:
+        except (EngineRefused, TokenizerRefused, TemplateRefused) as error:
             raise pb_utils.TritonModelException(f"engine refused: {error}") from None
         self._codes = _error_codes(pb_utils)
         self._readers = ThreadPoolExecutor(_READERS, "reader")

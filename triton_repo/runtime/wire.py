@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from triton_repo.runtime.delivery import Delta, merged
-from triton_repo.runtime.texts import BadRequest, EngineFailed, decode_text
+from triton_repo.runtime.generation import FIELDS
+from triton_repo.runtime.texts import BadRequest, EngineFailed
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
@@ -23,6 +24,7 @@ Answer = Arrays | Exception
 
 # The request's id, which HTTP's generate endpoint passes on in this way.
 _NOT_OURS: Final = {"id"}
+_LISTS: Final = {"stop", "stop_token_ids"}
 
 
 class Cancelled(Exception):
@@ -30,13 +32,13 @@ class Cancelled(Exception):
 
 
 def read_fields(tensors: Mapping[str, Array], parameters: str = "") -> tuple[dict[str, Any], bool]:
-    """The request's fields as Python values, and whether it wants a stream.
+    """The request as the service's fields, and whether it wants a stream.
 
     `tensors`: the inputs that were sent, by name; `parameters`: Triton's request parameters as JSON. Raises
-    BadRequest naming what cannot be read; whether values make sense is for the service to say.
+    BadRequest for a parameter; what the fields may hold is for the service to say.
     """
     _refuse_parameters(parameters)
-    fields = {name: READERS[name](array, f"'{name}'") for name, array in tensors.items()}
+    fields = {name: _plain(name, array) for name, array in tensors.items()}
     return fields, bool(fields.pop("stream", True))
 
 
@@ -45,75 +47,22 @@ def _refuse_parameters(parameters: str) -> None:
     for name in json.loads(parameters or "{}"):
         if name in _NOT_OURS:
             continue
-        near = difflib.get_close_matches(name, READERS, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        hint = hint or f"; this model reads {', '.join(READERS)}"
-        raise BadRequest(f"unknown parameter {name[:100]!r}{hint}")
+        known = (*FIELDS, "stream")
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"this model reads {', '.join(known)}"
+        raise BadRequest(f"unknown parameter {name[:100]!r}; {hint}")
 
 
-def _text(array: Array, where: str) -> str:
-    return decode_text(array.reshape(-1)[0], where)
-
-
-def _messages(array: Array, where: str) -> Any:
-    text = decode_text(array.reshape(-1)[0], where)
-    try:
-        messages = json.loads(text)
-        # JSON can spell half a character ("\ud83d"), which no tokenizer takes.
-        json.dumps(messages, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        raise BadRequest(
-            f"{where} is not JSON (line {error.lineno}, column {error.colno}: {error.msg}); "
-            'it is a list such as [{"role": "user", "content": "..."}]'
-        ) from None
-    except UnicodeEncodeError as error:
-        found = error.object[error.start]
-        raise BadRequest(f"{where} holds half a surrogate pair ({found!a}), which is no character") from None
-    except RecursionError:
-        raise BadRequest(f"{where} is nested too deeply to be a list of messages") from None
-    return messages
-
-
-def _integer(array: Array, where: str) -> int:
-    return int(array.reshape(-1)[0])
-
-
-def _number(array: Array, where: str) -> float:
-    # The shortest decimal that is this FP32 value: 0.7, not 0.699999988.
-    return float(str(np.float32(array.reshape(-1)[0])))
-
-
-def _flag(array: Array, where: str) -> bool:
-    return bool(array.reshape(-1)[0])
-
-
-def _texts(array: Array, where: str) -> tuple[str, ...]:
-    flat = array.reshape(-1)
-    names = [where] if flat.size == 1 else [f"{where} {place}" for place in range(flat.size)]
-    return tuple(decode_text(value, name) for value, name in zip(flat, names, strict=True))
-
-
-def _integers(array: Array, where: str) -> tuple[int, ...]:
-    return tuple(array.reshape(-1).tolist())
-
-
-READERS: Final[dict[str, Callable[[Array, str], Any]]] = {
-    "text": _text,
-    "messages": _messages,
-    "max_tokens": _integer,
-    "temperature": _number,
-    "top_k": _integer,
-    "top_p": _number,
-    "min_p": _number,
-    "repetition_penalty": _number,
-    "seed": _integer,
-    "stop": _texts,
-    "stop_token_ids": _integers,
-    "n": _integer,
-    "logprobs": _flag,
-    "ignore_eos": _flag,
-    "stream": _flag,
-}
+def _plain(name: str, array: Array) -> Any:
+    """Lists for the fields that are lists, one value for every other."""
+    values = array.reshape(-1)
+    if name in _LISTS:
+        return values.tolist()
+    if values.dtype == np.float32:
+        # The shortest decimal that is this FP32 value: 0.7, not 0.699999988.
+        return float(str(values[0]))
+    value = values[0]
+    return value.item() if isinstance(value, np.generic) else value
 
 
 class Reply:

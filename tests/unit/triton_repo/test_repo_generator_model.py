@@ -8,14 +8,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from triton_fakes import USAGE, Request, Service, TritonModelException, fake_triton
 
-from triton_repo.runtime import fingerprint
+from triton_repo.runtime import fingerprint, generation
 from triton_repo.runtime.delivery import Delta
 from triton_repo.runtime.jobs import Busy
 from triton_repo.runtime.session import EngineRefused
@@ -62,10 +61,8 @@ def arguments(**parameters: str) -> dict[str, str]:
 @pytest.fixture
 def triton(monkeypatch: pytest.MonkeyPatch) -> Any:
     triton = fake_triton()
-    generation: Any = ModuleType("triton_repo.runtime.generation")
-    generation.GenerationService = Service
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", triton)
-    monkeypatch.setitem(sys.modules, "triton_repo.runtime.generation", generation)
+    monkeypatch.setattr(generation, "GenerationService", Service)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     monkeypatch.setattr(Service, "snapshot", lambda self: counts() | self.counts)
@@ -150,11 +147,9 @@ def test_a_client_that_went_away_stops_its_generation_and_no_other(loaded: Loade
 
 def test_nobody_is_asked_about_after_its_last_response(loaded: Loaded) -> None:
     """The sender's own assertion would fail; the watching thread logs what it raises."""
-    requests = [loaded.running() for _ in range(20)]
-    for _, handle in requests:
-        time.sleep(0.002)
+    for request, handle in [loaded.running() for _ in range(20)]:
+        assert until(lambda asked=request.sender: asked.polls)
         handle.on_delta(Delta(0, "", (), (), "stop", USAGE))
-    assert all(request.sender.polls for request, _ in requests)
     assert loaded.triton.log == []
 
 
@@ -223,9 +218,9 @@ def test_a_refused_engine_and_a_foreign_runtime_are_load_errors(
     with pytest.raises(TritonModelException, match="not the runtime that this repository"):
         module.TritonPythonModel().initialize(arguments(runtime="other"))
 
-    def refuse(self: Service, folder: Path, **settings: Any) -> None:
+    def refuse(folder: Path, **settings: Any) -> Service:
         raise EngineRefused("engine.onnx: altered after the build")
 
-    monkeypatch.setattr(Service, "__init__", refuse)
+    monkeypatch.setattr(Service, "open", refuse)
     with pytest.raises(TritonModelException, match=r"engine refused: engine\.onnx: altered"):
         module.TritonPythonModel().initialize(arguments())

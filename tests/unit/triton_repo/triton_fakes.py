@@ -143,7 +143,7 @@ class Handle:
 class Service:
     """Keeps every request; tests push the deltas. The text "refuse" is refused, "fault" breaks."""
 
-    def __init__(self, folder: Any, **settings: Any) -> None:
+    def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
         self.handles: list[Handle] = []
         self.fields: list[dict[str, Any]] = []
@@ -151,11 +151,15 @@ class Service:
         self.counts: dict[str, Any] = {}
         self.closed = False
 
+    @classmethod
+    def open(cls, folder: Any, **settings: Any) -> Service:
+        return cls(settings)
+
     def submit(self, fields: dict[str, Any], on_delta: Callable[[Delta], object]) -> Handle:
-        if fields.get("text") == "refuse":
+        if fields.get("text") == b"refuse":
             raise BadRequest("'text' is refused")
-        if fields.get("text") == "fault":
-            raise ZeroDivisionError(f"while reading {fields['text']}")
+        if fields.get("text") == b"fault":
+            raise ZeroDivisionError("while reading: fault")
         handle = Handle(on_delta)
         self.fields.append(fields)
         self.handles.append(handle)
