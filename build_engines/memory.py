@@ -37,12 +37,13 @@ _SMALL_QUANTIZED: Final = 12 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineMemory:
-    """Bytes of one instance of one engine. `engine_file` is what the compiled file should weigh."""
+    """Bytes of one instance of one engine. `cache`: keys and values of an LLM's slots."""
 
     tensors: int
     code: int
     activations: int
     buffers: int
+    cache: int = 0
     context: int
 
     @property
@@ -52,7 +53,7 @@ class EngineMemory:
 
     @property
     def total(self) -> int:
-        return self.weights + self.activations + self.buffers + self.context
+        return self.weights + self.activations + self.buffers + self.cache + self.context
 
 
 def engine_memory(model: Model, shape: ModelShape, precision: Precision, context: int) -> EngineMemory:

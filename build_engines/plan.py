@@ -7,43 +7,31 @@ The per-engine numbers are `build_engines.memory`'s; docs/plan.md states how eac
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from build_engines.cards import MIB, Card
+from build_engines.decoder_memory import cache_bytes_per_token, decoder_engine_memory
 from build_engines.errors import PlanError
 from build_engines.memory import EngineMemory, engine_memory
-from build_engines.shapes import resolve_shape
-from build_engines.stack import Model, ModelShape, Precision, Stack, Task
+from build_engines.profiles import DecoderProfile, Profile, decoder_profile, engine_profile
+from build_engines.shapes import Shape, resolve_shape
+from build_engines.stack import MAX_CAPACITY, DecoderShape, Model, Precision, Stack, Task
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
     from build_engines.proposals import Proposal
 
 # FP32 attention has no TensorRT kernel, so an FP32 engine is an ONNX Runtime one and takes none of the card.
 CPU_ONLY: Final[tuple[Precision, ...]] = ("fp32",)
-_OPT_BATCH: Final = 8
-_OPT_SEQUENCE: Final = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Profile:
-    """An engine's optimization profile: (smallest, the one kernels are tuned for, largest)."""
-
-    batch: tuple[int, int, int]
-    sequence: tuple[int, int, int]
-
-    def as_dict(self) -> dict[str, list[int]]:
-        return {"batch": list(self.batch), "sequence": list(self.sequence)}
-
-
-def engine_profile(model: Model) -> Profile:
-    """From one token to `max_batch` x `max_length`, tuned for 8 x 64: what a busy server runs."""
-    return Profile(
-        batch=(1, min(_OPT_BATCH, model.max_batch), model.max_batch),
-        sequence=(1, min(_OPT_SEQUENCE, model.max_length), model.max_length),
-    )
+# What an LLM gets where the stack file leaves it open: slots as long as most conversations or, where not even
+# one such fits, shorter; and as many as fit, up to where reading the weights no longer decides a step's time.
+_OPEN_LENGTH: Final = 2048
+_SHORTEST_OPEN_LENGTH: Final = 256
+_MOST_OPEN_SLOTS: Final = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,12 +43,20 @@ class EnginePlan:
     precision: Precision
     variant: str
     instances: int
-    profile: Profile
+    profile: Profile | DecoderProfile
     memory: EngineMemory
+    cache_per_token: int = 0
 
     @property
     def total(self) -> int:
         return self.instances * self.memory.total
+
+    @property
+    def largest(self) -> str:
+        """The most that runs at once: texts x tokens, or slots x tokens."""
+        if isinstance(self.profile, DecoderProfile):
+            return f"{self.profile.slots} slots x {self.profile.capacity}"
+        return f"{self.profile.batch[2]} x {self.profile.sequence[2]}"
 
     def as_dict(self) -> dict[str, Any]:
         """Bytes; the parts are one instance's, `total_bytes` is all of them."""
@@ -76,6 +72,8 @@ class EnginePlan:
             "code_bytes": self.memory.code,
             "activation_bytes": self.memory.activations,
             "buffer_bytes": self.memory.buffers,
+            "kv_cache_bytes": self.memory.cache,
+            "kv_cache_bytes_per_token": self.cache_per_token,
             "context_bytes": self.memory.context,
             "total_bytes": self.total,
         }
@@ -83,13 +81,17 @@ class EnginePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A whole stack against its card, in bytes. `proposals` is empty when the stack fits."""
+    """A whole stack against its card, in bytes. `proposals` is empty when the stack fits.
+
+    `chosen`: what the stack file left open, in words.
+    """
 
     stack: str
     card: Card
     reserve: int
     engines: tuple[EnginePlan, ...]
     cpu_only: tuple[str, ...] = ()
+    chosen: tuple[str, ...] = ()
     proposals: tuple[Proposal, ...] = ()
 
     def _sum(self, part: str) -> int:
@@ -103,6 +105,11 @@ class Plan:
     def activations(self) -> int:
         """Scratch memory and input/output buffers."""
         return self._sum("activations") + self._sum("buffers")
+
+    @property
+    def cache(self) -> int:
+        """Keys and values of the LLMs' slots."""
+        return self._sum("cache")
 
     @property
     def context(self) -> int:
@@ -137,9 +144,11 @@ class Plan:
             },
             "engines": [engine.as_dict() for engine in self.engines],
             "cpu_only": list(self.cpu_only),
+            "chosen": list(self.chosen),
             "total": {
                 "weights_bytes": self.weights,
                 "activation_bytes": self.activations,
+                "kv_cache_bytes": self.cache,
                 "context_bytes": self.context,
                 "reserve_bytes": self.reserve,
                 "used_bytes": self.used + self.reserve,
@@ -161,38 +170,116 @@ def plan_stack(stack: Stack) -> Plan:
         return plan
     from build_engines.proposals import propose
 
-    return plan_shapes(stack, shapes, propose(stack, shapes))
+    return replace(plan, proposals=propose(stack, shapes))
 
 
-def plan_shapes(stack: Stack, shapes: dict[str, ModelShape], proposals: tuple[Proposal, ...] = ()) -> Plan:
-    """The arithmetic alone, for models whose sizes are known."""
-    engines: list[EnginePlan] = []
-    cpu_only: list[str] = []
-    for model in stack.models.values():
-        for precision, variant in model.variants.items():
-            if precision in CPU_ONLY:
-                cpu_only.append(variant)
-                continue
-            memory = engine_memory(model, shapes[model.name], precision, stack.context_mib * MIB)
-            engines.append(
-                EnginePlan(
-                    model=model.name,
-                    task=model.task,
-                    precision=precision,
-                    variant=variant,
-                    instances=model.instances,
-                    profile=engine_profile(model),
-                    memory=memory,
-                )
+def resolve_open(stack: Stack) -> Stack:
+    """The stack with `slots` and `max_length` settled for every LLM; all later stages work on this one.
+
+    What the stack file leaves open is chosen for its card: `max_length` is 2,048 (or the checkpoint's
+    positions), and slots are as many as fit beside all other engines, from 1 to 16. Where not even one slot
+    of that length fits, an open length is halved, down to 256. Several open LLMs get slots in turn.
+
+    Raises PlanError as `plan_stack`, but only for a stack that leaves something open.
+    """
+    if not _open_models(stack):
+        return stack
+    return _settle(stack, {model.name: resolve_shape(stack, model) for model in stack.models.values()})
+
+
+def _open_models(stack: Stack) -> list[Model]:
+    return [
+        model
+        for model in stack.models.values()
+        if model.task == "generate" and not (model.slots and model.max_length)
+    ]
+
+
+def _settle(stack: Stack, shapes: dict[str, Shape]) -> Stack:
+    def filled(slots: dict[str, int], longest: int) -> Stack:
+        models = dict(stack.models)
+        for model in open_models:
+            positions = min(shapes[model.name].positions, MAX_CAPACITY)
+            length = model.max_length or min(longest, positions)
+            models[model.name] = replace(
+                model,
+                slots=model.slots or slots[model.name],
+                max_length=length,
+                prefill_chunk=min(model.prefill_chunk, length),
             )
+        return replace(stack, models=models)
+
+    def fits(candidate: Stack) -> bool:
+        return _used(candidate, shapes) <= candidate.card.memory_bytes - candidate.reserve_mib * MIB
+
+    open_models = _open_models(stack)
+    slots = {model.name: 1 for model in open_models}
+    lengths = [_OPEN_LENGTH >> step for step in range(4) if _OPEN_LENGTH >> step >= _SHORTEST_OPEN_LENGTH]
+    longest = next((length for length in lengths if fits(filled(slots, length))), None)
+    if longest is None:
+        return filled(slots, _OPEN_LENGTH)
+    growing = [model.name for model in open_models if not model.slots]
+    while growing:
+        for name in list(growing):
+            more = slots | {name: slots[name] + 1}
+            if more[name] <= _MOST_OPEN_SLOTS and fits(filled(more, longest)):
+                slots = more
+            else:
+                growing.remove(name)
+    return filled(slots, longest)
+
+
+def _used(stack: Stack, shapes: dict[str, Shape]) -> int:
+    """Bytes that the engines of a settled stack take."""
+    return sum(engine.total for engine in _engines(stack, shapes))
+
+
+def plan_shapes(stack: Stack, shapes: dict[str, Shape]) -> Plan:
+    """The arithmetic alone, for models whose sizes are known; what is open is settled first."""
+    settled = _settle(stack, shapes) if _open_models(stack) else stack
     return Plan(
         stack=stack.name,
         card=stack.card,
         reserve=stack.reserve_mib * MIB,
-        engines=tuple(engines),
-        cpu_only=tuple(cpu_only),
-        proposals=proposals,
+        engines=tuple(_engines(settled, shapes)),
+        cpu_only=tuple(
+            variant
+            for model in stack.models.values()
+            for precision, variant in model.variants.items()
+            if precision in CPU_ONLY
+        ),
+        chosen=tuple(
+            f"{model.name}: the plan chose {chosen.slots} slots of {chosen.max_length:,} tokens"
+            for model in _open_models(stack)
+            for chosen in [settled.models[model.name]]
+        ),
     )
+
+
+def _engines(stack: Stack, shapes: dict[str, Shape]) -> Iterator[EnginePlan]:
+    context = stack.context_mib * MIB
+    for model in stack.models.values():
+        shape = shapes[model.name]
+        for precision, variant in model.variants.items():
+            if precision in CPU_ONLY:
+                continue
+            profile: Profile | DecoderProfile
+            if isinstance(shape, DecoderShape):
+                profile, per_token = decoder_profile(model), cache_bytes_per_token(shape)
+                memory = decoder_engine_memory(model, shape, precision, context)
+            else:
+                profile, per_token = engine_profile(model), 0
+                memory = engine_memory(model, shape, precision, context)
+            yield EnginePlan(
+                model=model.name,
+                task=model.task,
+                precision=precision,
+                variant=variant,
+                instances=model.instances,
+                profile=profile,
+                memory=memory,
+                cache_per_token=per_token,
+            )
 
 
 def require_fit(plan: Plan) -> None:
@@ -227,32 +314,63 @@ def render_plan(plan: Plan) -> RenderableType:
     )
     table.add_column("engine")
     table.add_column("precision")
-    for heading in ("texts x tokens", "instances", "weights", "activations", "context", "total MiB"):
+    for heading in (
+        "texts x tokens",
+        "instances",
+        "weights",
+        "activations",
+        "KV cache",
+        "context",
+        "total MiB",
+    ):
         table.add_column(heading, justify="right")
     for engine in plan.engines:
-        memory, n = engine.memory, engine.instances
-        table.add_row(
-            engine.variant,
-            engine.precision,
-            f"{engine.profile.batch[2]} x {engine.profile.sequence[2]}",
-            str(n),
-            *(
-                _cell(n * part)
-                for part in (memory.weights, memory.activations + memory.buffers, memory.context)
-            ),
-            _cell(engine.total),
-        )
+        _add_engine(table, engine)
     table.add_section()
-    table.add_row(
-        "all engines", "", "", "", *map(_cell, (plan.weights, plan.activations, plan.context, plan.used))
-    )
-    table.add_row("reserve", *[""] * 6, _cell(plan.reserve))
-    table.add_row("card", *[""] * 6, _cell(plan.card.memory_bytes))
+    parts = (plan.weights, plan.activations, plan.cache, plan.context, plan.used)
+    table.add_row("all engines", "", "", "", *map(_cell, parts))
+    table.add_row("reserve", *[""] * 7, _cell(plan.reserve))
+    table.add_row("card", *[""] * 7, _cell(plan.card.memory_bytes))
     style = "green" if plan.fits else "red"
-    table.add_row("free" if plan.fits else "missing", *[""] * 6, _cell(abs(plan.free)), style=style)
-    notes = [f"{name} runs on the CPU only" for name in plan.cpu_only]
+    table.add_row("free" if plan.fits else "missing", *[""] * 7, _cell(abs(plan.free)), style=style)
+    caches = {engine.model: engine.cache_per_token for engine in plan.engines if engine.cache_per_token}
+    notes = [
+        *plan.chosen,
+        *(f"{name}: {size / 1024:,.0f} KiB of KV cache for each token" for name, size in caches.items()),
+        *(f"{name} runs on the CPU only" for name in plan.cpu_only),
+    ]
     return Group(table, *notes)
+
+
+def _add_engine(table: Table, engine: EnginePlan) -> None:
+    memory, n = engine.memory, engine.instances
+    parts = (memory.weights, memory.activations + memory.buffers, memory.cache, memory.context)
+    table.add_row(
+        engine.variant,
+        engine.precision,
+        engine.largest,
+        str(n),
+        *(_cell(n * part) for part in parts),
+        _cell(engine.total),
+    )
 
 
 def _cell(size: int) -> str:
     return f"{size / MIB:,.0f}"
+
+
+__all__ = [
+    "CPU_ONLY",
+    "DecoderProfile",
+    "EnginePlan",
+    "Plan",
+    "Profile",
+    "decoder_profile",
+    "engine_profile",
+    "mib",
+    "plan_shapes",
+    "plan_stack",
+    "render_plan",
+    "require_fit",
+    "resolve_open",
+]

@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from build_engines.plan import plan_shapes
-from build_engines.stack import Model, ModelShape, Precision, Stack
+from build_engines.shapes import Shape
+from build_engines.stack import Model, Precision, Stack
 
 _EIGHT_BIT: Final = ("int8", "int8-weights")
 _MIN_LENGTH: Final = 8
+_MIN_CAPACITY: Final = 16
 _MAX_DROPS: Final = 3
 
 
@@ -34,8 +36,8 @@ class Proposal:
 Change = tuple[str, Stack]
 
 
-def propose(stack: Stack, shapes: dict[str, ModelShape]) -> tuple[Proposal, ...]:
-    """Changes after which the stack fits: INT8, batch, length, instances, a model less, or several."""
+def propose(stack: Stack, shapes: dict[str, Shape]) -> tuple[Proposal, ...]:
+    """Changes after which the stack fits: INT8, slots, batch, length, instances, a model less, or several."""
     found: list[Proposal] = []
 
     def first_fit(kind: str, changes: Iterator[Change], limit: int = 1) -> None:
@@ -49,6 +51,7 @@ def propose(stack: Stack, shapes: dict[str, ModelShape]) -> tuple[Proposal, ...]
                 return
 
     first_fit("precision", _by_saving(_eight_bit(stack), shapes))
+    first_fit("slots", _slots(stack))
     first_fit("batch", _caps(stack, "max_batch", 1))
     first_fit("length", _caps(stack, "max_length", _MIN_LENGTH))
     first_fit("instances", _one_instance(stack))
@@ -60,7 +63,7 @@ def propose(stack: Stack, shapes: dict[str, ModelShape]) -> tuple[Proposal, ...]
     return tuple(found)
 
 
-def _by_saving(changes: Iterator[Change], shapes: dict[str, ModelShape]) -> Iterator[Change]:
+def _by_saving(changes: Iterator[Change], shapes: dict[str, Shape]) -> Iterator[Change]:
     """The change that keeps the most comes first."""
     yield from sorted(changes, key=lambda change: -plan_shapes(change[1], shapes).used)
 
@@ -70,7 +73,8 @@ def _change(stack: Stack, models: list[Model]) -> Stack:
 
 
 def _to_eight_bit(model: Model) -> Model:
-    kept = tuple(p for p in model.precisions if p in _EIGHT_BIT) or ("int8",)
+    smallest: Precision = "int8-weights" if model.task == "generate" else "int8"
+    kept = tuple(p for p in model.precisions if p in _EIGHT_BIT) or (smallest,)
     # An FP32 engine is not on the card: it stays.
     cpu: tuple[Precision, ...] = tuple(p for p in model.precisions if p == "fp32")
     return replace(model, precisions=kept[:1] + cpu)
@@ -93,16 +97,25 @@ def _eight_bit(stack: Stack) -> Iterator[Change]:
         yield words, _change(stack, [new for _, new in changed])
 
 
+def _slots(stack: Stack) -> Iterator[Change]:
+    """One slot less, and so on, as a cap for every LLM that has more; open ones are chosen by the plan."""
+    for cap in range(max((model.slots for model in stack.models.values()), default=0) - 1, 0, -1):
+        over = [model for model in stack.models.values() if model.slots > cap]
+        words = f"slots = {cap} for {', '.join(model.name for model in over)}"
+        yield words, _change(stack, [replace(model, slots=cap) for model in over])
+
+
 def _caps(stack: Stack, key: str, low: int) -> Iterator[Change]:
     """The largest power of two that fits, as a cap on `key` of every model that has more."""
     largest = max(getattr(model, key) for model in stack.models.values())
     # The largest power of two below it.
-    cap = 1 << (largest - 1).bit_length() >> 1
+    cap = 1 << max(0, largest - 1).bit_length() >> 1
     while cap >= low:
         capped = _capped(stack, key, cap)
-        over = [model.name for model in stack.models.values() if getattr(model, key) > cap]
-        if over:
-            yield f"{key} = {cap} for {', '.join(over)}", capped
+        changed = [model for name, model in capped.models.items() if model != stack.models[name]]
+        if changed:
+            # An LLM's length stops at a smallest one, below the cap that the encoders still take.
+            yield f"{key} = {cap} for {', '.join(model.name for model in changed)}", capped
         cap //= 2
 
 
@@ -110,7 +123,11 @@ def _capped(stack: Stack, key: str, cap: int) -> Stack:
     def cap_one(model: Model) -> Model:
         if key == "max_batch":
             return replace(model, max_batch=min(model.max_batch, cap))
-        return replace(model, max_length=min(model.max_length, cap))
+        if model.task != "generate":
+            return replace(model, max_length=min(model.max_length, cap))
+        length = min(model.max_length, max(cap, _MIN_CAPACITY))
+        chunk = min(model.prefill_chunk, length) if length else model.prefill_chunk
+        return replace(model, max_length=length, prefill_chunk=chunk)
 
     return _change(stack, [cap_one(model) for model in stack.models.values()])
 
@@ -123,16 +140,23 @@ def _one_instance(stack: Stack) -> Iterator[Change]:
 
 
 def _combined(stack: Stack) -> Iterator[Change]:
-    """INT8 alone and one instance everywhere, then smaller batches, then smaller lengths too."""
+    """INT8 alone and one instance everywhere, then fewer slots, smaller batches, smaller lengths too."""
     models = [replace(_to_eight_bit(model), instances=1) for model in stack.models.values()]
     small = _change(stack, models)
     words = "INT8 alone and one instance of every model"
     yield words, small
+    for slot_words, less in _slots(small):
+        yield f"{words}, {slot_words}", less
+    if any(model.slots > 1 for model in models):
+        words += ", slots = 1"
+        small = _change(small, [replace(m, slots=min(1, m.slots)) for m in small.models.values()])
     for batch_words, less in _caps(small, "max_batch", 1):
         yield f"{words}, {batch_words}", less
     least = _capped(small, "max_batch", 1)
+    if any(model.max_batch > 1 for model in models):
+        words += ", max_batch = 1"
     for length_words, less in _caps(least, "max_length", _MIN_LENGTH):
-        yield f"{words}, max_batch = 1, {length_words}", less
+        yield f"{words}, {length_words}", less
 
 
 def _without(stack: Stack, names: list[str]) -> Stack:
@@ -145,7 +169,7 @@ def _without_one(stack: Stack) -> Iterator[Change]:
             yield f"drop models.{name}", _without(stack, [name])
 
 
-def _without_many(stack: Stack, shapes: dict[str, ModelShape]) -> Iterator[Change]:
+def _without_many(stack: Stack, shapes: dict[str, Shape]) -> Iterator[Change]:
     """The largest models first, until what is left fits; one always stays."""
 
     def size(name: str) -> int:

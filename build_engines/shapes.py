@@ -7,12 +7,25 @@ them is no checkpoint's. What else is left out takes the default of Transformers
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from build_engines.errors import PlanError
-from build_engines.stack import FAMILIES, Family, Model, ModelShape, Stack, Task
+from build_engines.stack import (
+    DECODER_FAMILIES,
+    FAMILIES,
+    DecoderFamily,
+    DecoderShape,
+    Family,
+    Model,
+    ModelShape,
+    Stack,
+    Task,
+)
 from build_engines.stack_fields import nearest, one_of, show
+
+Shape = ModelShape | DecoderShape
 
 MAX_CONFIG_BYTES: Final = 16 << 20
 # An upper bound on any size, so that a corrupt value is named here instead of overflowing a sum later.
@@ -32,19 +45,30 @@ _DISTILBERT_KEYS: Final = {
     "heads": "n_heads",
     "vocabulary": "vocab_size",
 }
+# What Transformers' configurations of LLMs assume where config.json says nothing.
+_HEAD_DIM: Final = {"qwen3": 128, "gemma2": 256, "gemma3_text": 256}
+_POSITIONS: Final = {
+    "mistral": 131_072,
+    "qwen2": 32_768,
+    "qwen3": 32_768,
+    "gemma2": 8192,
+    "gemma3_text": 131_072,
+}
 # These number their positions from pad_token_id + 1, so the first rows of the table are never a token's.
 _OFFSET_FAMILIES: Final = ("roberta", "xlm-roberta")
 
 
-def resolve_shape(stack: Stack, model: Model) -> ModelShape:
+def resolve_shape(stack: Stack, model: Model) -> Shape:
     """The model's sizes: from the checkpoint's config.json, else from `shape` in the stack file.
 
     Raises PlanError where neither is there, where the config is malformed, and where `max_length` is more
     than the checkpoint's positions.
     """
     config = stack.checkpoint_dir(model) / "config.json"
+    shape: Shape
     if config.is_file():
-        shape = read_shape(config, model.task)
+        generates = model.task == "generate"
+        shape = read_decoder_shape(config) if generates else read_shape(config, model.task)
         where = str(config)
     elif model.shape is not None:
         shape, where = model.shape, f"models.{model.name}.shape"
@@ -58,7 +82,7 @@ def resolve_shape(stack: Stack, model: Model) -> ModelShape:
         raise PlanError(
             f"models.{model.name}.max_length is {model.max_length:,}, but the checkpoint has positions for "
             f"{shape.positions:,} tokens",
-            cause=f"{where} states the position table's size",
+            cause=f"{where} states how many it was made for",
             next_step=f"set max_length = {shape.positions} or less",
         )
     return shape
@@ -71,9 +95,9 @@ def _get_it(stack: Stack, model: Model) -> str:
 
 
 def read_shape(path: Path, task: Task) -> ModelShape:
-    """The sizes that config.json states; PlanError names the file and the key that is missing or wrong."""
+    """The sizes that an encoder's config.json states; PlanError names the file and the key at fault."""
     config = _read_json(path)
-    family = _family(path, config)
+    family = cast(Family, _family(path, config, FAMILIES, "encoders"))
     keys = _DISTILBERT_KEYS if family == "distilbert" else _BERT_KEYS
     sizes = {field: _size(path, config, key) for field, key in keys.items()}
     if sizes["hidden"] % sizes["heads"]:
@@ -92,6 +116,33 @@ def read_shape(path: Path, task: Task) -> ModelShape:
         positions=_positions(path, config, family),
         token_types=_token_types(path, config, family),
         labels=_labels(path, config, task),
+    )
+
+
+def read_decoder_shape(path: Path) -> DecoderShape:
+    """The sizes that a causal LM's config.json states; PlanError names the file and the key."""
+    config = _read_json(path)
+    family = cast(DecoderFamily, _family(path, config, DECODER_FAMILIES, "LLMs"))
+    # EXAONE 3 has a configuration of its own; where it gives no FFN width, its code takes 4 x hidden.
+    early = family == "exaone"
+    hidden = _size(path, config, "hidden_size")
+    heads = _size(path, config, "num_attention_heads")
+    kv_heads = _size(path, config, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise _wrong(path, "num_key_value_heads", f"is {kv_heads}, which does not divide {heads}")
+    head_dim = _HEAD_DIM.get(family, max(1, hidden // heads))
+    return DecoderShape(
+        family=family,
+        layers=_size(path, config, "num_layers" if early else "num_hidden_layers"),
+        hidden=hidden,
+        ffn=_size(path, config, "intermediate_size", 4 * hidden if early else None),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=_size(path, config, "head_dim", head_dim),
+        vocabulary=_size(path, config, "vocab_size"),
+        positions=_size(path, config, "max_position_embeddings", _POSITIONS.get(family, 2048)),
+        tied=bool(config.get("tie_word_embeddings", early or family.startswith("gemma"))),
+        qkv_bias=family == "qwen2" or bool(config.get("attention_bias")),
     )
 
 
@@ -116,28 +167,27 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _wrong(path: Path, key: str, what: str) -> PlanError:
     return PlanError(
         f"{path}: {key} {what}",
-        cause="this is not the configuration of a complete encoder checkpoint",
+        cause="this is not the configuration of a complete checkpoint of its kind",
         next_step="compare it with the model's page, or fetch the checkpoint again",
     )
 
 
-def _family(path: Path, config: dict[str, Any]) -> Family:
+def _family(path: Path, config: dict[str, Any], families: Sequence[str], kind: str) -> str:
     value = config.get("model_type")
-    for family in FAMILIES:
-        if value == family:
-            return family
-    near = nearest(value, FAMILIES) if isinstance(value, str) else None
+    if isinstance(value, str) and value in families:
+        return value
+    near = nearest(value, families) if isinstance(value, str) else None
     raise PlanError(
         f"{path}: model_type is {show(value)}"
         if "model_type" in config
         else f"{path}: model_type is missing",
-        cause=f"encoders of these families are supported: {one_of(FAMILIES)}",
+        cause=f"{kind} of these families are supported: {one_of(families)}",
         next_step=f"name a checkpoint of one of them{f' ({near!r} is the nearest)' if near else ''}",
     )
 
 
 def _size(path: Path, config: dict[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key, default)
+    value = default if config.get(key) is None else config[key]
     if value is None:
         raise _wrong(path, key, "is missing")
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_SIZE:

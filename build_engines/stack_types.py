@@ -16,7 +16,7 @@ Pooling = Literal["mean", "cls"]
 CalibrationMethod = Literal["minmax", "percentile", "entropy"]
 Smoothing = Literal["auto", "off"]
 Family = Literal["bert", "roberta", "xlm-roberta", "electra", "distilbert", "modernbert"]
-DecoderFamily = Literal["llama", "mistral", "qwen2", "qwen3", "exaone", "exaone4"]
+DecoderFamily = Literal["llama", "mistral", "qwen2", "qwen3", "exaone", "exaone4", "gemma2", "gemma3_text"]
 TableType = Literal["fp16", "int8"]
 
 TASKS: Final = ("classify", "embed", "rerank", "generate")
@@ -28,7 +28,16 @@ METHODS: Final = ("minmax", "percentile", "entropy")
 SMOOTHINGS: Final = ("auto", "off")
 FAMILIES: Final = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "modernbert")
 # SOLAR and EEVE are `llama` by their config.json; `exaone` is 3.x, `exaone4` what Transformers calls so.
-DECODER_FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3", "exaone", "exaone4")
+DECODER_FAMILIES: Final = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "exaone",
+    "exaone4",
+    "gemma2",
+    "gemma3_text",
+)
 # What an LLM can be compiled to. INT8 activations (`int8`) are for encoders.
 GENERATE_PRECISIONS: Final = ("int8-weights", "fp16", "fp32")
 TABLE_TYPES: Final = ("fp16", "int8")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from build_engines.errors import CompileError
-
-if TYPE_CHECKING:
-    from build_engines.plan import Profile
+from build_engines.profiles import DecoderProfile, Profile
 
 Progress = Callable[[str, int, int], None]  # phase, steps done, steps in all
 
@@ -45,3 +43,6 @@ def get_target(name: str) -> Target:
 
         return TensorRTTarget(name)
     raise CompileError(f"there is no target called {name!r}", next_step="see docs/targets.md for the targets")
+
+
+__all__ = ["DecoderProfile", "Profile", "Progress", "Target", "get_target"]

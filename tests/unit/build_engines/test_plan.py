@@ -19,8 +19,8 @@ from build_engines.cards import CARDS, MIB, custom_card
 from build_engines.errors import PlanError
 from build_engines.memory import activation_bytes, engine_memory, tensor_bytes
 from build_engines.plan import Plan, engine_profile, plan_shapes, plan_stack, render_plan, require_fit
-from build_engines.shapes import read_shape
-from build_engines.stack import FAMILIES, Model, ModelShape, Stack, load_stack
+from build_engines.shapes import Shape, read_shape
+from build_engines.stack import DECODER_FAMILIES, FAMILIES, DecoderShape, Model, ModelShape, Stack, load_stack
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -320,37 +320,73 @@ def test_nothing_is_proposed_where_nothing_helps(tmp_path: Path) -> None:
 
 
 @st.composite
+def _encoders(draw: st.DrawFn, name: str) -> Model:
+    hidden = 64 * draw(st.integers(4, 32))
+    shape = _shape(
+        family=draw(st.sampled_from(FAMILIES)),
+        layers=draw(st.integers(1, 48)),
+        hidden=hidden,
+        embedding=hidden,
+        ffn=draw(st.integers(1, 6)) * hidden,
+        heads=hidden // 64,
+        vocabulary=draw(st.integers(1000, 250_000)),
+        positions=8192,
+    )
+    precisions = draw(
+        st.lists(st.sampled_from(["int8", "int8-weights", "fp16", "fp32"]), min_size=1, unique=True)
+    )
+    return _model(
+        name,
+        shape=shape,
+        task=draw(st.sampled_from(["classify", "embed", "rerank"])),
+        precisions=tuple(precisions),
+        max_batch=draw(st.integers(1, 1024)),
+        max_length=draw(st.integers(8, 4096)),
+        instances=draw(st.integers(1, 4)),
+    )
+
+
+@st.composite
+def _llms(draw: st.DrawFn, name: str) -> Model:
+    groups = draw(st.integers(1, 4))
+    kv_heads = draw(st.integers(1, 8))
+    shape = DecoderShape(
+        family=draw(st.sampled_from(DECODER_FAMILIES)),
+        layers=draw(st.integers(1, 48)),
+        hidden=64 * kv_heads * groups,
+        ffn=draw(st.integers(64, 16_000)),
+        heads=kv_heads * groups,
+        kv_heads=kv_heads,
+        head_dim=draw(st.sampled_from([64, 128])),
+        vocabulary=draw(st.integers(1000, 250_000)),
+        positions=draw(st.integers(512, 100_000)),
+    )
+    length = draw(st.sampled_from([0, 16, 500, 512]))
+    return Model(
+        name=name,
+        task="generate",
+        source="owner/name",
+        shape=shape,
+        precisions=draw(st.sampled_from([("int8-weights",), ("fp16",), ("fp16", "int8-weights", "fp32")])),
+        max_batch=0,
+        max_length=length,
+        slots=draw(st.integers(0, 40)),
+        prefill_chunk=min(length or 128, 128),
+        embedding=draw(st.sampled_from(["fp16", "int8"])),
+        head=draw(st.sampled_from(["fp16", "int8"])),
+    )
+
+
+@st.composite
 def _stacks(draw: st.DrawFn) -> Stack:
-    models = []
-    for index in range(draw(st.integers(1, 4))):
-        hidden = 64 * draw(st.integers(4, 32))
-        shape = _shape(
-            family=draw(st.sampled_from(FAMILIES)),
-            layers=draw(st.integers(1, 48)),
-            hidden=hidden,
-            embedding=hidden,
-            ffn=draw(st.integers(1, 6)) * hidden,
-            heads=hidden // 64,
-            vocabulary=draw(st.integers(1000, 250_000)),
-            positions=8192,
-        )
-        precisions = draw(
-            st.lists(st.sampled_from(["int8", "int8-weights", "fp16", "fp32"]), min_size=1, unique=True)
-        )
-        model = _model(
-            f"m{index}",
-            shape=shape,
-            task=draw(st.sampled_from(["classify", "embed", "rerank"])),
-            precisions=tuple(precisions),
-            max_batch=draw(st.integers(1, 1024)),
-            max_length=draw(st.integers(8, 4096)),
-            instances=draw(st.integers(1, 4)),
-        )
-        models.append(model)
+    models = [
+        draw(_llms(f"m{index}") if draw(st.booleans()) else _encoders(f"m{index}"))
+        for index in range(draw(st.integers(1, 4)))
+    ]
     return _stack(*models, card=custom_card(draw(st.integers(2000, 24_000)), "8.9"))
 
 
-def _shapes(stack: Stack) -> dict[str, ModelShape]:
+def _shapes(stack: Stack) -> dict[str, Shape]:
     return {name: model.shape for name, model in stack.models.items() if model.shape is not None}
 
 
@@ -370,16 +406,29 @@ def test_every_proposal_really_fits_and_one_is_made_where_one_exists(stack: Stac
         assert again.used == proposal.used < plan.used
         assert proposal.stack.models
         assert proposal.stack.card == stack.card
-        assert all(model.precisions for model in proposal.stack.models.values())
         for name, model in proposal.stack.models.items():
             assert model.max_batch <= stack.models[name].max_batch
             assert model.max_length <= stack.models[name].max_length
-    smallest = [
-        replace(m, precisions=("int8",), max_batch=1, max_length=8, instances=1)
-        for m in stack.models.values()
-    ]
+            assert model.slots <= stack.models[name].slots
+            if model.task == "generate":
+                assert model.prefill_chunk <= (model.max_length or model.prefill_chunk)
+            # Nothing that is open is closed, and no LLM gets a precision that it cannot have.
+            assert (model.slots == 0) == (stack.models[name].slots == 0)
+            assert (model.max_length == 0) == (stack.models[name].max_length == 0)
+            assert model.precisions
+            assert model.task != "generate" or "int8" not in model.precisions
+    smallest = [_smallest(model) for model in stack.models.values()]
     if _fits(stack, smallest) or any(_fits(stack, [m]) for m in stack.models.values()):
         assert proposals
+
+
+def _smallest(model: Model) -> Model:
+    if model.task != "generate":
+        return replace(model, precisions=("int8",), max_batch=1, max_length=8, instances=1)
+    return replace(
+        model, precisions=("int8-weights",), slots=min(1, model.slots), max_length=min(16, model.max_length),
+        prefill_chunk=min(16, model.prefill_chunk) if model.max_length else model.prefill_chunk,
+    )  # fmt: skip
 
 
 def _fits(stack: Stack, models: list[Model]) -> bool:

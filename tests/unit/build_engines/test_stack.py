@@ -250,7 +250,7 @@ def test_an_unknown_key_names_itself_and_the_nearest(tmp_path: Path, key: str, n
         ("models.assistant.gates.min_fp16_cosine", 0.9, "allowed here: max_perplexity_increase"),
         ("models.assistant.evaluation", "bundled:reviews:evaluation", "bundled:conversations:evaluation"),
         ("models.assistant.evaluation", "talks.parquet", "bundled:conversations:<split>"),
-        ("models.assistant.shape.family", "bert", "llama, mistral, qwen2, qwen3, exaone, exaone4"),
+        ("models.assistant.shape.family", "bert", "llama, mistral, qwen2, qwen3, exaone, exaone4, gemma2"),
         ("models.assistant.shape.kv_heads", 5, "a divisor of heads = 32"),
         ("models.assistant.shape.positions", ..., "positions is missing"),
         ("models.sentiment.task", ..., "models.sentiment.task is missing"),

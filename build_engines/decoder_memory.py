@@ -1,0 +1,115 @@
+"""How many bytes of the card one LLM engine takes: the arithmetic, and where each constant was measured.
+
+As for encoders (build_engines.memory), weights follow from the graph, and what TensorRT-RTX 1.7 adds was
+fitted to what it reports: "Total Activation Memory" of both profiles and engine sizes of graphs with 1 to 8
+layers, hidden 256 to 4096, FFN 256 to 14336, 14 to 32 heads over 2 to 32 of key and value, prefill chunks of
+16 to 2048 tokens, 1 to 64 slots of 256 to 16384 tokens. docs/plan.md has the table.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from build_engines.memory import HALF, EngineMemory
+from build_engines.profiles import DecoderProfile, decoder_profile
+from build_engines.stack import MAX_CAPACITY, DecoderShape, Model, Precision
+
+# Kernels and plan data that the engine file carries beside the weights: a constant, and per layer.
+_CODE: Final[dict[str, tuple[int, int]]] = {
+    "fp16": (2_400_000, 685_000),
+    "int8-weights": (2_000_000, 1_280_000),
+}
+# Matrix kernels keep a workspace while few tokens are in flight, whatever the width.
+_WORKSPACE: Final = 10 << 20
+
+
+def decoder_engine_memory(
+    model: Model, shape: DecoderShape, precision: Precision, context: int
+) -> EngineMemory:
+    """The engine of `model` in `precision` with its caches. Its slots and length must be settled."""
+    profile = decoder_profile(model)
+    constant, per_layer = _CODE[precision]
+    return EngineMemory(
+        tensors=decoder_tensor_bytes(shape, model, precision),
+        code=constant + per_layer * shape.layers,
+        activations=decoder_activation_bytes(shape, precision, profile),
+        buffers=_buffer_bytes(shape, profile),
+        cache=profile.slots * profile.capacity * cache_bytes_per_token(shape),
+        context=context,
+    )
+
+
+def cache_bytes_per_token(shape: DecoderShape) -> int:
+    """Keys and values of one token in every layer, in FP16."""
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * HALF
+
+
+def decoder_tensor_bytes(shape: DecoderShape, model: Model, precision: Precision) -> int:
+    """Weights as stored: 1 byte each and an FP16 scale per output channel in `int8-weights`, else 2 bytes.
+
+    Embedding and head are two tables even where the checkpoint ties them: one is read by rows, the other
+    multiplied by, transposed. Norms, biases and rotary tables stay FP16.
+    """
+    quantized = precision == "int8-weights"
+    matrices = sum(rows * columns for rows, columns in _layer_matrices(shape))
+    outputs = sum(columns for _, columns in _layer_matrices(shape))
+    layer = matrices + HALF * outputs if quantized else HALF * matrices
+    table = shape.vocabulary * shape.hidden
+    embedding, head = (
+        table + HALF * shape.vocabulary if quantized and stored == "int8" else HALF * table
+        for stored in (model.embedding, model.head)
+    )
+    return shape.layers * (layer + HALF * _layer_vectors(shape)) + embedding + head + _rest(shape)
+
+
+def _layer_matrices(shape: DecoderShape) -> tuple[tuple[int, int], ...]:
+    """(rows, columns) of q/k/v side by side, attention's output, gate and up side by side, down."""
+    attention = shape.heads * shape.head_dim
+    return (
+        (shape.hidden, attention + 2 * shape.kv_heads * shape.head_dim),
+        (attention, shape.hidden),
+        (shape.hidden, 2 * shape.ffn),
+        (shape.ffn, shape.hidden),
+    )
+
+
+def _layer_vectors(shape: DecoderShape) -> int:
+    norms = (4 if shape.family.startswith("gemma") else 2) * shape.hidden
+    head_norms = 2 * shape.head_dim if shape.family in {"qwen3", "exaone4", "gemma3_text"} else 0
+    biases = (shape.heads + 2 * shape.kv_heads) * shape.head_dim if shape.qkv_bias else 0
+    return norms + head_norms + biases
+
+
+def _rest(shape: DecoderShape) -> int:
+    """The last norm and the rotary tables, cosines and sines half a head wide; Gemma 3 has two pairs."""
+    tables = 2 if shape.family == "gemma3_text" else 1
+    rows = min(shape.positions, MAX_CAPACITY)
+    return HALF * (shape.hidden + tables * 2 * rows * (shape.head_dim // 2))
+
+
+def decoder_activation_bytes(shape: DecoderShape, precision: Precision, profile: DecoderProfile) -> int:
+    """Scratch memory of an execution context that runs both profiles, one after the other: the larger.
+
+    Decoding needs little beside the matrix kernels' workspace. In a prefill step (planned for the two rows
+    that its profile allows) the larger of three moments decides: attention, whose kernel wants keys and
+    values repeated for every query head over the whole slot; the time before it, when one of them is and the
+    workspace is still held; and the FFN.
+    """
+    quantized = precision == "int8-weights"
+    width = shape.heads * shape.head_dim
+    ffn = 6 * shape.ffn + (10 if quantized else 8) * shape.hidden
+    # Boolean mask and its copy, and the logits.
+    decode = profile.slots * (ffn + 2 * profile.capacity + HALF * shape.vocabulary) + _WORKSPACE
+    tokens = 2 * profile.chunk
+    repeated = 8 * profile.capacity * width
+    mask = 2 * profile.capacity
+    attention = repeated + tokens * (mask + 6 * width + (8 if quantized else 6) * shape.hidden)
+    before = repeated // 2 + tokens * (mask + 4 * width + 2 * shape.ffn)
+    prefill = max(attention, before + _WORKSPACE, tokens * ffn + _WORKSPACE)
+    return max(decode, prefill) + 2 * HALF * shape.vocabulary + (1 << 20)
+
+
+def _buffer_bytes(shape: DecoderShape, profile: DecoderProfile) -> int:
+    """Int64 ids, lengths and positions of either step, and FP32 logits of every slot."""
+    rows = max(2, profile.slots)
+    return 8 * (max(rows, 2 * profile.chunk) + 2 * rows) + 4 * rows * shape.vocabulary
