@@ -127,10 +127,7 @@ def read_architecture(config: dict[str, Any], folder: Path) -> Architecture:
     """
     family = find_family(config, folder)
     _refuse_unsupported(config, folder)
-    values = {
-        field: default if config.get(key) is None else config[key]
-        for field, (key, default) in family.keys.items()
-    }
+    values = {field: _value(config, key, default) for field, (key, default) in family.keys.items()}
     size = _Sizes(folder, {field: key for field, (key, _) in family.keys.items()}, values)
     hidden, layers, heads = size("hidden"), size("layers", largest=_MOST_LAYERS), size("heads")
     kv_heads = size("kv_heads", heads)
@@ -166,9 +163,15 @@ def read_architecture(config: dict[str, Any], folder: Path) -> Architecture:
         attention_softcap=_softcap(config, "attn_logit_softcapping", 50.0, folder),
         logit_softcap=_softcap(config, "final_logit_softcapping", 30.0, folder),
         ropes=tuple(read_ropes(config, folder, positions).items()),
-        kinds=_kinds(config, family, layers, folder),
+        kinds=_kinds(config, family, layers, min(positions, MAX_ROWS), folder),
         **_special_ids(values, folder, vocabulary),
     )
+
+
+def _value(config: dict[str, Any], key: str, default: Any) -> Any:
+    """An explicit null means "not set", but for a special token "there is none"."""
+    value = config.get(key, default)
+    return default if value is None and not key.endswith("_token_id") else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +244,9 @@ def _softcap(config: dict[str, Any], key: str, gemma2_default: float, folder: Pa
     return None if value is None else _number(value, key, folder)
 
 
-def _kinds(config: dict[str, Any], family: Family, layers: int, folder: Path) -> tuple[LayerKind, ...]:
+def _kinds(
+    config: dict[str, Any], family: Family, layers: int, rows: int, folder: Path
+) -> tuple[LayerKind, ...]:
     # An absent window has the default of every sliding family's configuration class, a null one is none.
     window = config.get("sliding_window", 4096) if family.slides else None
     if family.model_type.startswith("qwen") and not config.get("use_sliding_window"):
@@ -253,7 +258,7 @@ def _kinds(config: dict[str, Any], family: Family, layers: int, folder: Path) ->
             f"{folder}/config.json: sliding_window must be a positive integer, not {window!r:.40}"
         )
     # A window as long as the tables never hides a token.
-    local = LayerKind(window=window if window < MAX_ROWS else None, rope="local")
+    local = LayerKind(window=window if window < rows else None, rope="local")
     distant = LayerKind(window=None, rope=None if family.global_without_rotary else "global")
     return tuple(
         local if slides else distant for slides in _sliding_layers(config, family.model_type, layers, folder)

@@ -20,8 +20,8 @@ from build_engines.export.decoder_config import LAYER_LINEARS, Architecture
 from build_engines.export.decoder_families import TensorNames
 from build_engines.export.graph import Weight
 
-# Elements per block: 32 MB as float32.
-_BLOCK = 1 << 23
+# Elements per block: 16 MB as float32.
+_BLOCK = 1 << 22
 _FP16_MAX = float(np.finfo(np.float16).max)
 # Buffers that older transformers saved with the weights.
 _BUFFERS = (r"\.rotary_emb\.inv_freq$", r"\.rotary\.inv_freq$", r"attn\.(masked_)?bias$")
@@ -49,11 +49,12 @@ class Decoder:
         k, n = self.architecture.linear_shape(name)
         start, stop, _ = columns.indices(n)
         out = np.empty((k, max(stop - start, 0)), np.float32)
-        first = 0
+        first, step = 0, max(1, _BLOCK // k)
         for tensor in self._tensors(name, "weight"):
             rows = self.checkpoint.shape(tensor)[0]
-            low, high = max(start - first, 0), min(stop - first, rows)
-            if low < high:
+            end = min(stop - first, rows)
+            for low in range(max(start - first, 0), end, step):
+                high = min(low + step, end)
                 _transpose(self._rows(tensor, low, high), out[:, first + low - start : first + high - start])
             first += rows
         return out
@@ -112,13 +113,16 @@ class Decoder:
                 yield narrowed(self._rows(tensor, start, stop), dtype, self._place(tensor))
             return
         k, n = self.architecture.linear_shape(name)
+        tensors = self._tensors(name, "weight")
+        mapped = [
+            (self.checkpoint.mapped(t), self.checkpoint.entry(t).dtype, self._place(t)) for t in tensors
+        ]
         step = max(1, _BLOCK // n)
         for start in range(0, k, step):
             stop, first = min(start + step, k), 0
             out = np.empty((stop - start, n), dtype)
-            for tensor in self._tensors(name, "weight"):
-                stored, kind = self.checkpoint.mapped(tensor), self.checkpoint.entry(tensor).dtype
-                values = narrowed(widened(stored[:, start:stop], kind), dtype, self._place(tensor))
+            for stored, kind, place in mapped:
+                values = narrowed(widened(stored[:, start:stop], kind), dtype, place)
                 _transpose(values, out[:, first : first + len(values)])
                 first += len(values)
             yield out
