@@ -106,6 +106,8 @@ class SlotTable:
     def _common(self, prompt: TokenArray) -> list[int]:
         """For every slot, how many of its first tokens are the prompt's."""
         width = len(prompt)
+        if not width:
+            return [0] * self.slots
         differs = self._tokens[:, :width] != prompt
         first = np.where(differs.any(axis=1), differs.argmax(axis=1), width)
         common: list[int] = np.minimum(first, self._lengths).tolist()
