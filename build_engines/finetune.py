@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from build_engines.metrics import accuracy, ndcg_at_k
+from build_engines.training import has_bfloat16
 from calibration.samples import RankingGroup, load_groups, load_texts
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ __all__ = [
     "Recipe",
     "Reranking",
     "fine_tune",
-    "reproducible",
-    "use_own_core",
 ]
 
 LABELS = ("negative", "positive")
@@ -49,7 +47,7 @@ class Recipe:
 def fine_tune(model: Any, task: Classification | Reranking, report: Callable[[float], None]) -> None:
     """Train `model` in place with AdamW: linear warm-up over a tenth of the steps, then linear decay.
 
-    `report` gets the share of the steps done, 0 to 1. Call it inside `reproducible`.
+    `report` gets the share of the steps done, 0 to 1. Call it inside `training.reproducible`.
     """
     import torch
 
@@ -64,7 +62,7 @@ def fine_tune(model: Any, task: Classification | Reranking, report: Callable[[fl
         scale = min(1.0, (step + 1) / (0.1 * len(batches))) * (1.0 - step / len(batches))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * scale
-        with torch.autocast("cpu", torch.bfloat16, enabled=_has_bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()):
             logits = _logits(model, task.encoded(batch))
         task.loss(logits.float(), batch).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -205,33 +203,3 @@ def _parameter_groups(model: Any, learning_rate: float) -> list[dict[str, Any]]:
         factor = next((f for part, f in _FASTER.items() if part in name), 1.0)
         groups.setdefault(factor, []).append(parameter)
     return [{"params": group, "lr": learning_rate * factor} for factor, group in groups.items()]
-
-
-def _has_bfloat16() -> bool:
-    """BF16 halves the training time where the processor multiplies it, and costs time where it does not."""
-    import torch
-
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def use_own_core() -> None:
-    """Make this thread compute by itself; PyTorch holds the number of threads for each calling thread."""
-    import torch
-
-    torch.set_num_threads(1)
-
-
-@contextmanager
-def reproducible() -> Iterator[None]:
-    """Deterministic algorithms on one thread, which fixes the order of every floating-point sum."""
-    import torch
-
-    threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(strict)

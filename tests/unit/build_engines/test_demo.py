@@ -42,7 +42,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @needs_weights
 def test_every_folder_is_complete(models: Path) -> None:
-    assert visible(models) == ["classifier", "embedder", "reranker"]
+    assert visible(models) == ["assistant", "classifier", "embedder", "reranker"]
     for name in demo.MODELS:
         assert {"config.json", "model.safetensors", "tokenizer.json", "metrics.json"} <= {
             path.name for path in (models / name).iterdir()
@@ -124,7 +124,7 @@ def test_current_models_are_kept_and_others_replaced(models: Path, monkeypatch: 
     with pytest.raises(AssertionError, match="trained again"):
         demo.write_demo_models(models, max_steps=3)
     # The failed run left the old model, and nothing half-written.
-    assert visible(models) == ["classifier", "embedder", "reranker"]
+    assert visible(models) == ["assistant", "classifier", "embedder", "reranker"]
 
 
 @needs_weights

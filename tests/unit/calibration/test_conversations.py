@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,10 @@ def written(tmp_path: Path, name: str, content: str) -> Path:
 
 
 def test_messages_and_texts_may_share_a_file(tmp_path: Path) -> None:
-    rows = [chat("안녕", "네", "또?", system="짧게"), {"text": "a plain text", "label": "positive"}]
+    rows: list[Any] = [
+        chat("안녕", "네", "또?", system="짧게"),
+        {"text": "a plain text", "label": "positive"},
+    ]
     path = written(tmp_path, "a.jsonl", "\n\n".join(json.dumps(row) for row in rows))
     first, second = load_conversations(path)
     assert first == Conversation(
