@@ -29,6 +29,10 @@ class Detokenizer(Protocol):
         """The rest, as if no token followed."""
         ...
 
+    def pending(self) -> str:
+        """Whole characters that `flush` would give now and a token that follows might change."""
+        ...
+
 
 def detokenizer_factory(tokenizer: Any) -> Callable[[], Detokenizer]:
     """What makes a Detokenizer per sequence for a `tokenizers.Tokenizer`."""
@@ -85,6 +89,9 @@ class _ByteLevelText:
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
 
+    def pending(self) -> str:
+        return ""
+
 
 def _fallback_rule(decoder: dict[str, Any]) -> tuple[str, str, str] | None:
     """(mark, what replaces it, what the text loses at its start) of a byte-fallback decoder, or None."""
@@ -121,6 +128,7 @@ class _FallbackText:
         self._piece = piece
         self._stripped = stripped
         self._run = bytearray()  # bytes that follow each other and are not given out yet
+        self._long = False  # their run is given out as it comes
         self._broken = False  # their run is not valid UTF-8, so that each byte of it becomes a replacement
 
     def push(self, token: int) -> str:
@@ -136,6 +144,12 @@ class _FallbackText:
     def flush(self) -> str:
         return self._start(self._end_run())
 
+    def pending(self) -> str:
+        try:
+            return self._run.decode()
+        except UnicodeDecodeError:
+            return ""
+
     def _add(self, byte: int) -> str:
         if self._broken:
             return _REPLACEMENT
@@ -147,13 +161,14 @@ class _FallbackText:
             count = len(self._run)
             self._run.clear()
             return _REPLACEMENT * count
-        if len(self._run) <= HELD_BYTES:
+        self._long = self._long or len(self._run) > HELD_BYTES
+        if not self._long:
             return ""
         del self._run[:used]
         return text
 
     def _end_run(self) -> str:
-        run, self._run, self._broken = self._run, bytearray(), False
+        run, self._run, self._broken, self._long = self._run, bytearray(), False, False
         try:
             return run.decode()
         except UnicodeDecodeError:
@@ -189,6 +204,9 @@ class _WholeText:
 
     def flush(self) -> str:
         return self._give(self._before)
+
+    def pending(self) -> str:
+        return self._before[self._given :].rstrip(_REPLACEMENT)
 
     def _give(self, text: str) -> str:
         new = text[self._given :]

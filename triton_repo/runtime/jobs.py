@@ -76,10 +76,10 @@ class Sample:
             text, reason = self.text.flush(), "stop"
         else:
             text = self.text.push(token)
+            if not self.text.stopped and self.count >= self.limit:
+                text, reason = text + self.text.flush(), "length"
             if self.text.stopped:
                 reason = "stop"
-            elif self.count >= self.limit:
-                text, reason = text + self.text.flush(), "length"
         return Delta(self.index, text, (token,), () if logprob is None else (logprob,), reason)
 
     def rest(self) -> str:

@@ -163,7 +163,7 @@ class Sampler:
         top = scores.max()
         if not math.isfinite(top):
             raise EngineFailed("the engine answered with logits that are no numbers")
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
             warm = scores / self._temperature
             if not math.isfinite(warm.max()) or not self._temperature:
                 # So cold that float32 overflows (or rounds the temperature to 0): only differences count.

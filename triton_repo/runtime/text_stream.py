@@ -35,21 +35,31 @@ class TextStream:
             return ""
         text = self._held + new
         if self._stops:
-            end = self._search(text, len(self._held))
+            whole = text if final else text + self._detokenizer.pending()
+            end = self._search(whole, len(self._held), len(text))
             if end is not None:
                 self.stopped = True
-                return text[:end]
+                return whole[:end]
         waiting = max((stop.matched for stop in self._stops), default=0)
         cut = len(text) if final else settled(text[: len(text) - waiting])
         self._held = text[cut:]
         return text[:cut]
 
-    def _search(self, text: str, start: int) -> int | None:
-        """Where the first stop string begins that one of the characters from `start` on completes."""
+    def _search(self, text: str, start: int, certain: int) -> int | None:
+        """Where the first stop string begins that one of the characters from `start` on completes.
+
+        From `certain` on the text may still change if it goes on: a stop string there ends it, all else is
+        looked at again.
+        """
+        matched: list[int] = []
         for place in range(start, len(text)):
+            if place == certain:
+                matched = [stop.matched for stop in self._stops]
             complete = [len(stop.text) for stop in self._stops if stop.step(text[place])]
             if complete:
                 return place + 1 - max(complete)
+        for stop, length in zip(self._stops, matched, strict=False):
+            stop.matched = length
         return None
 
 

@@ -110,7 +110,9 @@ PARAMS = st.one_of(
 )
 ACTIONS = st.one_of(
     st.tuples(st.just("ask"), st.integers(0, 3), st.lists(st.integers(2, 4), max_size=9), PARAMS),
-    st.tuples(st.just("turn"), st.integers(0, 9), st.lists(st.integers(2, 4), min_size=1, max_size=3), PARAMS),
+    st.tuples(
+        st.just("turn"), st.integers(0, 9), st.lists(st.integers(2, 4), min_size=1, max_size=3), PARAMS
+    ),
     st.tuples(st.just("step"), st.integers(1, 12)),
     st.tuples(st.just("cancel"), st.integers(0, 9)),
     st.tuples(st.just("break"), st.integers(0, 4)),
@@ -160,7 +162,13 @@ def test_one_request_is_prefilled_by_chunks() -> None:
     bench = Bench(HashEngine(chunk=4))
     asked = bench.ask(list(range(2, 12)), max_tokens=3, stop=frozenset())
     bench.finish()
-    assert bench.engine.calls == [("prefill", 4), ("prefill", 4), ("prefill", 2), ("decode", 1), ("decode", 1)]
+    assert bench.engine.calls == [
+        ("prefill", 4),
+        ("prefill", 4),
+        ("prefill", 2),
+        ("decode", 1),
+        ("decode", 1),
+    ]
     bench.check_answers()
     usage = asked.deltas[-1].usage
     assert usage
@@ -218,7 +226,9 @@ def test_samples_share_one_prefill() -> None:
     asked = bench.ask(list(range(2, 26)), max_tokens=4, n=4, temperature=1.0, seed=3, stop=frozenset())
     bench.finish()
     bench.check_answers()
-    assert [call for call in bench.engine.calls if call[0] != "decode"] == [("prefill", 8)] * 3 + [("copy", 24)] * 3
+    assert [call for call in bench.engine.calls if call[0] != "decode"] == [("prefill", 8)] * 3 + [
+        ("copy", 24)
+    ] * 3
     assert len({tuple(asked.tokens(index)) for index in range(4)}) == 4
     usage = asked.deltas[-1].usage
     assert usage
