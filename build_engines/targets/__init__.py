@@ -28,7 +28,13 @@ class Target(Protocol):
         """Raise CompileError, saying what to install and where to run, if the target cannot be used here."""
 
     def compile(
-        self, graph: Path, out: Path, *, profile: Profile, compute_capability: str | None, progress: Progress
+        self,
+        graph: Path,
+        out: Path,
+        *,
+        profile: Profile | DecoderProfile,
+        compute_capability: str | None,
+        progress: Progress,
     ) -> dict[str, Any]: ...
 
 

@@ -28,7 +28,7 @@ from build_engines.graphs import read_graph, save_graph
 if TYPE_CHECKING:
     import onnx
 
-    from build_engines.plan import Profile
+    from build_engines.profiles import DecoderProfile, Profile
     from build_engines.targets import Progress
 
 _FLOAT, _FLOAT16 = 1, 10  # TensorProto.DataType
@@ -50,7 +50,13 @@ class OnnxRuntimeTarget:
             )
 
     def compile(
-        self, graph: Path, out: Path, *, profile: Profile, compute_capability: str | None, progress: Progress
+        self,
+        graph: Path,
+        out: Path,
+        *,
+        profile: Profile | DecoderProfile,
+        compute_capability: str | None,
+        progress: Progress,
     ) -> dict[str, Any]:
         """Lower `graph` into `out`/engine.onnx; shapes stay dynamic, so `profile` only bounds the server."""
         import onnxruntime

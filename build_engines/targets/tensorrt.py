@@ -1,8 +1,8 @@
 """TensorRT-RTX ahead of time for a card that need not be here, and full TensorRT on the card itself.
 
 Both are one Python API: the module's name decides. Networks are strongly typed, so precision is what the
-graph's tensors say; nothing is chosen here but shapes (one optimization profile) and, for TensorRT-RTX, the
-card.
+graph's tensors say; nothing is chosen here but shapes (one optimization profile for an encoder, two for an
+LLM: decoding and prefill) and, for TensorRT-RTX, the card.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from build_engines.errors import CompileError
+from build_engines.profiles import DecoderProfile, Profile, Range
+from build_engines.targets.decoder_network import DecoderNetwork, read_decoder
 from build_engines.targets.gpu import gpu_compute_capability
 
 if TYPE_CHECKING:
-    from build_engines.plan import Profile
     from build_engines.targets import Progress
 
 _MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
@@ -53,31 +54,42 @@ class TensorRTTarget:
             )
 
     def compile(
-        self, graph: Path, out: Path, *, profile: Profile, compute_capability: str | None, progress: Progress
+        self,
+        graph: Path,
+        out: Path,
+        *,
+        profile: Profile | DecoderProfile,
+        compute_capability: str | None,
+        progress: Progress,
     ) -> dict[str, Any]:
         """Compile `graph` into `out`/engine.trt; a failed or interrupted build leaves no file.
 
         Args:
-            profile: smallest, usual and largest batch and sequence.
+            profile: smallest, usual and largest batch and sequence; of an LLM its slots, their length and the
+                prefill chunk, which make two profiles (0 decodes, 1 prefills).
             compute_capability: of the stack's card, "12.0".
             progress: called with (phase, steps done, steps in all) as the builder reports, on any thread.
 
         Returns:
             versions; layers {type: count} of the parsed network; attention "fused" or "decomposed" (None
-            where there is none); activation_bytes and weights_bytes as the builder states them, or None;
-            warnings; seconds.
+            where there is none); activation_bytes (the largest profile's) and weights_bytes as the builder
+            states them, or None; profile_activation_bytes, one for each; warnings; seconds.
 
         Raises:
-            CompileError: the library, the card or the graph does not allow it; with the builder's messages.
+            CompileError: the library, the card or the graph does not allow it, with the builder's messages;
+                or an LLM's engine would not do what the plan counts on (targets.decoder_network).
         """
         self.check()
         trt = _load(self.name)
         self._check_card(trt, compute_capability)
         started = time.perf_counter()
-        job = _Job(trt, graph, profile, compute_capability if self.ahead_of_time else None, progress)
-        build = _run(job, out / self.engine_file, decompose=False)
-        if build.failed and any(_NO_FUSED_KERNEL in message for message in build.errors):
-            build = _run(job, out / self.engine_file, decompose=True)
+        job = _job(trt, graph, profile, compute_capability if self.ahead_of_time else None, progress)
+        engine = out / self.engine_file
+        build = _run(job, engine, decompose=False)
+        if build.failed and build.lacks_kernel:
+            if job.decoder is not None:
+                raise job.decoder.no_kernel(graph.name)
+            build = _run(job, engine, decompose=True)
         if build.failed:
             raise _refused(self.name, graph, build.errors)
         if build.attention == "decomposed":
@@ -88,8 +100,9 @@ class TensorRTTarget:
             "versions": {self.name: str(trt.__version__)},
             "layers": build.layers,
             "attention": build.attention,
-            "activation_bytes": build.memory.get("Activation"),
-            "weights_bytes": build.memory.get("Weights"),
+            "activation_bytes": max(build.activations, default=None),
+            "profile_activation_bytes": build.activations,
+            "weights_bytes": build.weights,
             "warnings": build.warnings,
             "seconds": round(time.perf_counter() - started, 2),
         }
@@ -111,11 +124,28 @@ class TensorRTTarget:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
+    """`ranges`: for each optimization profile, the sizes of the symbolic dimensions by name."""
+
     trt: Any
     graph: Path
-    profile: Profile
+    ranges: tuple[dict[str, Range], ...]
     compute_capability: str | None
     progress: Progress
+    decoder: DecoderNetwork | None
+
+
+def _job(
+    trt: Any,
+    graph: Path,
+    profile: Profile | DecoderProfile,
+    compute_capability: str | None,
+    progress: Progress,
+) -> _Job:
+    if isinstance(profile, DecoderProfile):
+        decoder = read_decoder(graph, profile.capacity)
+        return _Job(trt, graph, profile.ranges, compute_capability, progress, decoder)
+    ranges = {"batch": profile.batch, "sequence": profile.sequence}
+    return _Job(trt, graph, (ranges,), compute_capability, progress, None)
 
 
 @dataclass(slots=True)
@@ -125,9 +155,14 @@ class _Build:
     failed: bool = True
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    memory: dict[str, int] = field(default_factory=dict)
+    activations: list[int] = field(default_factory=list)
+    weights: int | None = None
     layers: dict[str, int] = field(default_factory=dict)
     attention: str | None = None
+
+    @property
+    def lacks_kernel(self) -> bool:
+        return any(_NO_FUSED_KERNEL in message for message in self.errors)
 
     def record(self, trt: Any, severity: Any, message: str) -> None:
         if severity <= trt.ILogger.Severity.ERROR:
@@ -135,7 +170,10 @@ class _Build:
         elif severity == trt.ILogger.Severity.WARNING and not _NOISE.search(message):
             self.warnings.append(message)
         elif found := _MEMORY.search(message):
-            self.memory[found[1]] = int(found[2])
+            if found[1] == "Activation":  # one for each profile, in order
+                self.activations.append(int(found[2]))
+            else:
+                self.weights = int(found[2])
 
 
 def _run(job: _Job, target: Path, *, decompose: bool) -> _Build:
@@ -145,12 +183,16 @@ def _run(job: _Job, target: Path, *, decompose: bool) -> _Build:
     logger.sink = lambda severity, message: build.record(trt, severity, message)
     builder = trt.Builder(logger)
     network = builder.create_network(_strongly_typed(trt))
-    _parse(trt, network, job.graph, logger)
+    _parse(network, job, logger)
     build.layers = _layer_types(trt, network)
-    if "ATTENTION" in build.layers:
+    if job.decoder is not None:
+        job.decoder.check_layers(build.layers, job.graph.name)
+        build.attention = "fused"
+    elif "ATTENTION" in build.layers:
         build.attention = "decomposed" if _allow_decomposition(trt, network, decompose) else "fused"
     config = builder.create_builder_config()
-    _add_profile(builder, network, config, job)
+    for ranges in job.ranges:
+        _add_profile(builder, network, config, ranges)
     if job.compute_capability is not None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(_capability(trt, job.compute_capability), 0)
@@ -166,6 +208,8 @@ def _run(job: _Job, target: Path, *, decompose: bool) -> _Build:
             if raised is not None:
                 raise raised
         if not build.failed:
+            if job.decoder is not None:
+                job.decoder.check_size(draft.stat().st_size, job.graph.name)
             os.replace(draft, target)
     except OSError as error:
         raise CompileError(
@@ -177,9 +221,13 @@ def _run(job: _Job, target: Path, *, decompose: bool) -> _Build:
     return build
 
 
-def _parse(trt: Any, network: Any, graph: Path, logger: Any) -> None:
-    parser = trt.OnnxParser(network, logger)
-    if parser.parse_from_file(str(graph)):
+def _parse(network: Any, job: _Job, logger: Any) -> None:
+    parser, graph = job.trt.OnnxParser(network, logger), job.graph
+    if job.decoder is not None:
+        parsed = parser.parse(job.decoder.model, str(graph))  # the path tells where its weights are
+    else:
+        parsed = parser.parse_from_file(str(graph))
+    if parsed:
         return
     problems = []
     for index in range(parser.num_errors):
@@ -194,9 +242,8 @@ def _parse(trt: Any, network: Any, graph: Path, logger: Any) -> None:
     )
 
 
-def _add_profile(builder: Any, network: Any, config: Any, job: _Job) -> None:
+def _add_profile(builder: Any, network: Any, config: Any, ranges: dict[str, Range]) -> None:
     """One optimization profile: each symbolic dimension of each input gets its three sizes by name."""
-    ranges = {"batch": job.profile.batch, "sequence": job.profile.sequence}
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
