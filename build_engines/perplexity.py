@@ -7,6 +7,7 @@ is far more certain than either perplexity; its standard error is reported.
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ class Reference:
             with np.load(path, allow_pickle=False) as stored:
                 tokens, lengths = stored["tokens"], stored["lengths"]
                 scores = Scores(stored["losses"], stored["best"])
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
             raise ArtifactError(
                 f"{path} holds no reference scores: {error}",
                 cause="the file was altered, or a run that wrote it was cut short",
