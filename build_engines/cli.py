@@ -177,21 +177,33 @@ def demo_models(folder: Path) -> None:
 @json_option
 @fail_cleanly
 def measure(stack: Path, build_dir: Path | None, as_json: bool) -> None:
-    """Time the stack's ONNX Runtime engines against PyTorch FP32 and BF16 at fixed shapes, in one run.
+    """Time the stack's ONNX Runtime engines against PyTorch FP32 and BF16 in one run.
+
+    Encoders at fixed shapes; LLMs to the first token and decoding 1, 4 and 8 sequences at once.
 
     \b
     Example:
       build-engines measure stacks/demo.toml
     """
     from build_engines.measure import measure_stack, render_measurements
+    from build_engines.measure_decoder import measure_decoder, render_decoder
 
+    loaded = _load(stack, build_dir)
     with StageLines() as lines:
         lines.start("engines", "against PyTorch")
-        found = measure_stack(_load(stack, build_dir), lines.progress)
+        found = measure_stack(loaded, lines.progress)
+        decoders = {
+            name: measure_decoder(loaded, model, lines.progress)
+            for name, model in loaded.models.items()
+            if model.task == "generate"
+        }
     if as_json:
-        print_json(found)
-    else:
+        print_json({**found, "models": {**found["models"], **decoders}})
+        return
+    if found["models"]:
         wide_console().print(render_measurements(found))
+    for name, measured in decoders.items():
+        wide_console().print(render_decoder(name, measured))
 
 
 @main.command("random-model")

@@ -2,9 +2,9 @@
 
 ONNX Runtime computes INT8 weights in INT8: activations are quantized at run time, which the typed graph does
 not say and the gate must see. Two kernels do it. MatMulNBits gives every row and block of inputs a scale of
-its own and reads the weights as fast as memory allows: decoding. DynamicQuantizeMatMul gives the whole run one
-scale, and is twice as fast for a prompt: prefill, in a second graph over the same weights file, for the Linears
-that bear it.
+its own and reads the weights as fast as memory allows: decoding. DynamicQuantizeMatMul gives the whole run
+one scale, and is twice as fast for a prompt: prefill, in a second graph over the same weights file, for the
+Linears that bear it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from build_engines.atomic import link_or_copy
 from build_engines.errors import CompileError, GateError
 from build_engines.fallback import Modes, find_passing_modes
 from build_engines.gates import GateReport
-from build_engines.targets.decoder_lowering import LinearMode, int8_linears, lower_decoder
+from build_engines.targets.decoder_lowering import LinearMode, int8_linears, lower_decoder, widen_decoder
 from triton_repo.runtime.decoder import PREFILL_FILE, DecoderEngine, kernel_settings
 from triton_repo.runtime.session import EngineRefused, onnx_session
 
@@ -54,7 +54,7 @@ def compile_for_cpu(graph: Path, out: Path, material: Material, progress: Progre
     """Write engine.onnx, its data (a hard link where possible) and perhaps prefill.onnx into `out`.
 
     Returns for the manifest "versions", "layers", "kernels" (which runtime settings serve it), "prefill"
-    (which Linears use one activation scale per run) and "gate", the report of the engine as it will be served.
+    (which Linears use one activation scale per run) and "gate", the report of the engine as it is served.
 
     Raises:
         GateError: not even the finest kernels pass. CompileError: ONNX Runtime refuses the graph.
@@ -66,7 +66,8 @@ class _CpuBuild:
     def __init__(self, graph: Path, out: Path, material: Material, progress: Progress) -> None:
         import onnx
 
-        self.model = onnx.load(str(graph), load_external_data=False)
+        # Small weights are read here, while the data file has one name: onnx takes hard links for an attack.
+        self.model = widen_decoder(onnx.load(str(graph), load_external_data=False), graph.parent)
         self.source = graph
         self.out = out
         self.material = material
@@ -135,7 +136,7 @@ class _CpuBuild:
     def _read_by_linears(self) -> dict[str, FloatArray]:
         from onnx import TensorProto, helper
 
-        model = lower_decoder(self.model, self.source.parent, {})
+        model = lower_decoder(self.model, {})
         tensors = {node.name: node.input[0] for node in model.graph.node if node.name in set(self.linears)}
         known = {value.name for value in model.graph.output}
         wanted = [name for name in dict.fromkeys(tensors.values()) if name not in known]
@@ -174,7 +175,7 @@ class _CpuBuild:
             raise CompileError(f"the lowered graph does not open: {error}") from None
 
     def _write(self, name: str, modes: Mapping[str, LinearMode]) -> onnx.ModelProto:
-        model = lower_decoder(self.model, self.source.parent, modes)
+        model = lower_decoder(self.model, modes)
         self._save(model, name)
         return model
 

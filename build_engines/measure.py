@@ -37,15 +37,16 @@ Progress = Callable[[str, int, int], None]
 
 
 def measure_stack(stack: Stack, progress: Progress) -> dict[str, Any]:
-    """Milliseconds per batch for each ONNX Runtime engine and for PyTorch FP32 and BF16, by model and shape.
+    """Milliseconds per batch for each encoder's ONNX Runtime engines and for PyTorch FP32 and BF16, by shape.
 
     Raises:
         ArtifactError: an engine is missing or altered.
     """
-    total = len(stack.models) * len(SHAPES)
+    encoders = {name: model for name, model in stack.models.items() if model.task != "generate"}
+    total = len(encoders) * len(SHAPES)
     measured: dict[str, Any] = {}
-    for name, model in stack.models.items():
-        with _process() as pytorch, _process() as engines:
+    for name, model in encoders.items():
+        with new_process() as pytorch, new_process() as engines:
             sides = [
                 (pytorch, pytorch.submit(_load_pytorch, stack.checkpoint_dir(model), model).result()),
                 (engines, engines.submit(_load_engines, stack, model).result()),
@@ -59,7 +60,8 @@ def measure_stack(stack: Stack, progress: Progress) -> dict[str, Any]:
     return {"machine": machine(), "models": measured}
 
 
-def _process() -> ProcessPoolExecutor:
+def new_process() -> ProcessPoolExecutor:
+    """A process of its own for one kind of contender; spawned, so that it inherits no threads."""
     return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
 

@@ -33,9 +33,9 @@ HEAVY = {
 LAYERS: list[dict[str, tuple[str, ...]]] = [
     {"errors": ("errors",)},
     {"basics": ("atomic", "cards", "metrics", "stack_fields")},
-    {"stack": ("stack", "stack_types")},
+    {"stack": ("stack", "stack_model", "stack_types")},
     {
-        "plan": ("plan", "memory", "proposals", "shapes"),
+        "plan": ("plan", "memory", "decoder_memory", "profiles", "proposals", "shapes"),
         "fetch": ("fetch", "fetch_convert", "fetch_hub", "fetch_rules"),
         "manifest": ("manifest",),
         "gates": ("gates",),
@@ -46,11 +46,17 @@ LAYERS: list[dict[str, tuple[str, ...]]] = [
         "quantize": ("quantize",),
         "targets": ("targets",),
         "verify": ("verify", "reference"),
-        "training": ("demo", "finetune", "random_model"),
-        "measure": ("measure",),
+        "perplexity": ("perplexity",),
+        "training": ("demo", "demo_llm", "finetune", "random_model", "training"),
+        "measure": ("measure", "measure_decoder"),
     },
-    {"fallback": ("fallback",), "inspection": ("inspection",), "console": ("console",)},
-    {"precision": ("precision",)},
+    {
+        "fallback": ("fallback",),
+        "streaming": ("decoder_reference", "decoder_sensitivity", "decoder_stream", "decoder_texts"),
+        "inspection": ("inspection",),
+        "console": ("console",),
+    },
+    {"precision": ("precision", "decoder_precision", "decoder_kernels")},
     {"pipeline": ("pipeline",)},
     {"cli": ("cli",)},
 ]
@@ -72,7 +78,7 @@ ACROSS: dict[str, set[str]] = {
 }
 # These import nothing else of their own package either: they are copied out of it.
 SEALED = {"triton_repo.runtime", "triton_repo.models"}
-RUNTIME_MAY_IMPORT = {"numpy", "onnxruntime", "tokenizers", "triton_python_backend_utils"}
+RUNTIME_MAY_IMPORT = {"jinja2", "numpy", "onnxruntime", "tokenizers", "triton_python_backend_utils"}
 
 
 def modules() -> list[tuple[str, Path]]:

@@ -47,34 +47,18 @@ def int8_linears(model: onnx.ModelProto) -> list[str]:
     ]
 
 
-def lower_decoder(model: onnx.ModelProto, data: Path, modes: Mapping[str, LinearMode]) -> onnx.ModelProto:
-    """The lowered graph; `model` is left as it is.
+def widen_decoder(model: onnx.ModelProto, data: Path) -> onnx.ModelProto:
+    """A graph of `export.write_decoder`, its external data not loaded, ready to be lowered.
 
-    Args:
-        model: a graph of `export.write_decoder`, its external data not loaded.
-        data: the folder that holds the external data.
-        modes: how each INT8 Linear computes; those absent stay "int8-weights".
+    FP16 leaves every signature and small constant, which are read from the folder `data`; matrices keep their
+    bytes, and `lower_decoder` casts them. `model` is left as it is.
     """
-    result = type(model)()
-    result.CopyFrom(model)
-    graph = result.graph
-    _widen(graph, data)
-    nodes = list(graph.node)
-    del graph.node[:]
-    half = {tensor.name for tensor in graph.initializer if tensor.data_type == _FLOAT16}
-    lowering = _Lowering(nodes, half, modes)
-    graph.node.extend(lowering.nodes())
-    _drop_unused(graph)
-    del graph.value_info[:]
-    result.opset_import.add(domain=_CONTRIB, version=1)
-    return result
-
-
-def _widen(graph: onnx.GraphProto, data: Path) -> None:
-    """FP16 out of every signature and small constant; matrices keep their bytes (`_Lowering` casts them)."""
     from onnx import numpy_helper
     from onnx.external_data_helper import load_external_data_for_tensor
 
+    result = type(model)()
+    result.CopyFrom(model)
+    graph = result.graph
     for tensor in graph.initializer:
         if tensor.data_type == _FLOAT16 and not _is_matrix(tensor):
             if tensor.data_location == tensor.EXTERNAL:
@@ -88,6 +72,25 @@ def _widen(graph: onnx.GraphProto, data: Path) -> None:
         for attribute in node.attribute:
             if node.op_type == "Cast" and attribute.name == "to" and attribute.i == _FLOAT16:
                 attribute.i = _FLOAT
+    del graph.value_info[:]
+    return result
+
+
+def lower_decoder(model: onnx.ModelProto, modes: Mapping[str, LinearMode]) -> onnx.ModelProto:
+    """The lowered graph of what `widen_decoder` gave; `model` is left as it is.
+
+    `modes` says how each INT8 Linear computes; those absent stay "int8-weights".
+    """
+    result = type(model)()
+    result.CopyFrom(model)
+    graph = result.graph
+    half = {tensor.name for tensor in graph.initializer if tensor.data_type == _FLOAT16}
+    nodes = list(graph.node)
+    del graph.node[:]
+    graph.node.extend(_Lowering(nodes, half, modes).nodes())
+    _drop_unused(graph)
+    result.opset_import.add(domain=_CONTRIB, version=1)
+    return result
 
 
 def _is_matrix(tensor: onnx.TensorProto) -> bool:

@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from build_engines.export.decoder import open_decoder, write_decoder
-from build_engines.targets.decoder_lowering import int8_linears, lower_decoder
+from build_engines.targets.decoder_lowering import int8_linears, lower_decoder, widen_decoder
 from triton_repo.runtime.decoder import DecoderEngine, kernel_settings
 from triton_repo.runtime.session import onnx_session
 
@@ -73,9 +73,8 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def engine(folder: Path, modes: dict[str, Any] | None = None, accuracy: int = 4) -> DecoderEngine:
-    model = lower_decoder(
-        onnx.load(str(folder / "model.onnx"), load_external_data=False), folder, modes or {}
-    )
+    typed = onnx.load(str(folder / "model.onnx"), load_external_data=False)
+    model = lower_decoder(widen_decoder(typed, folder), modes or {})
     path = folder / f"lowered{len(modes or {})}.onnx"
     onnx.save(model, str(path))
     session = onnx_session(path, 1, settings=kernel_settings({"block": 32, "accuracy": accuracy}))

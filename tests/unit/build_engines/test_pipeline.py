@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from small_stack import LABELS, write_lines, write_stack, write_texts
 
-from build_engines import pipeline
 from build_engines.errors import ArtifactError, DataError, ExportError, FetchError, GateError
 from build_engines.manifest import StageRun
 from build_engines.pipeline import BuiltEngine, build_stack
+from build_engines.pipeline.encoder import EncoderBuild
 from build_engines.stack import Stack, load_stack
 from triton_repo.runtime.encode import Encoder
 
@@ -225,13 +225,13 @@ def test_what_changed_is_made_again_and_nothing_else(small: Stack) -> None:
 def test_a_checkpoint_that_changes_under_the_build(small: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     source = small.models["tiny"].source_dir
     assert source is not None
-    real = pipeline._ModelBuild._parity
+    real = EncoderBuild._parity
 
     def parity(self: Any, graph: Path, serving: dict[str, Any]) -> float:
         (source / "config.json").write_text((source / "config.json").read_text() + " ")
         return real(self, graph, serving)
 
-    monkeypatch.setattr(pipeline._ModelBuild, "_parity", parity)
+    monkeypatch.setattr(EncoderBuild, "_parity", parity)
     with pytest.raises(ArtifactError, match="changed while"):
         build_stack(small, Lines())
     assert not (small.build_dir / "work" / "tiny" / "export").exists()

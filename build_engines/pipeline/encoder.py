@@ -1,39 +1,29 @@
-"""The order of the stages, and nowhere else: source, export, reference, precision, compile.
+"""The stages of an encoder: export, reference, precision, compile.
 
-    build/<stack>/work/<model>/export/       model.onnx (FP32, equal to PyTorch), tokenizer.json
-    build/<stack>/work/<model>/reference/    answers.npy: PyTorch FP32 on the evaluation data
-    build/<stack>/work/<model>/<precision>/  model.onnx: the typed graph, its gate passed
-    build/<stack>/engines/<model>/<precision>/<target>/   engine, tokenizer.json, manifest.json
-
-Every folder holds a record of what it was made from; what did not change is not made again.
+work/<model>/export/       model.onnx (FP32, equal to PyTorch), tokenizer.json
+work/<model>/reference/    answers.npy: PyTorch FP32 on the evaluation data
+work/<model>/<precision>/  model.onnx: the typed graph, its gate passed
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from build_engines.errors import ArtifactError, CompileError, FetchError, GateError
+from build_engines.errors import CompileError, GateError
 from build_engines.gates import judge
-from build_engines.manifest import (
-    StageRun,
-    code_digest,
-    digest_of,
-    folder_digests,
-    run_stage,
-    write_manifest,
-)
+from build_engines.manifest import StageRun, code_digest, digest_of, write_manifest
+from build_engines.pipeline.model import BuiltEngine, ModelBuild, versions
 from build_engines.plan import engine_profile
-from build_engines.stack import DataRef, Model, Precision, Stack
-from build_engines.targets import Target, get_target
+from build_engines.stack import Precision
+from build_engines.targets import Target
 from build_engines.verify import (
     TextSet,
     answers,
@@ -42,12 +32,10 @@ from build_engines.verify import (
     load_evaluation,
     open_tokenizer,
 )
-from calibration.samples import data_file
 from triton_repo.runtime.encode import Encoder
-from triton_repo.runtime.session import EngineRefused, sha256
+from triton_repo.runtime.session import EngineRefused
 from triton_repo.runtime.tokenization import TextTokenizer
 
-_CHECKPOINT_FILES = (".json", ".safetensors", ".txt", ".model")
 _EXPORT_CODE = ("build_engines/export", "build_engines/graphs.py", "build_engines/reference.py")
 _DATA_CODE = ("build_engines/verify.py", "calibration/samples.py")
 _JUDGING_CODE = (
@@ -66,53 +54,8 @@ _PRECISION_CODE = (
 )
 
 
-class Reporter(Protocol):
-    """Hears what the pipeline does; the CLI draws it."""
-
-    def start(self, model: str, stage: str) -> None: ...
-    def progress(self, phase: str, done: int, total: int) -> None: ...
-    def finish(self, run: StageRun, detail: str) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class BuiltEngine:
-    """One published engine: its folder and manifest, and whether this run made it."""
-
-    folder: Path
-    manifest: dict[str, Any]
-    skipped: bool
-
-
-def build_stack(
-    stack: Stack,
-    reporter: Reporter,
-    *,
-    models: Sequence[str] | None = None,
-    targets: Sequence[str] | None = None,
-) -> list[BuiltEngine]:
-    """Build every engine of the stack (or of the models and targets named) and return them.
-
-    Raises:
-        OnecardError: what a stage raises. Finished stages are kept, so the next run goes on from there.
-    """
-    chosen = [get_target(name) for name in (targets or stack.targets)]
-    for target in chosen:
-        target.check()  # before hours of work, not after
-    built: list[BuiltEngine] = []
-    for name in models or list(stack.models):
-        built += _ModelBuild(stack, stack.models[name], reporter).engines(chosen)
-    return built
-
-
-class _ModelBuild:
-    """All stages of one model. Each stage's inputs name everything that decides its result."""
-
-    def __init__(self, stack: Stack, model: Model, reporter: Reporter) -> None:
-        self.stack = stack
-        self.model = model
-        self.reporter = reporter
-        self.source = stack.checkpoint_dir(model)
-        self.work = stack.build_dir / "work" / model.name
+class EncoderBuild(ModelBuild):
+    """All stages of one classifier, embedder or reranker."""
 
     def engines(self, targets: Sequence[Target]) -> list[BuiltEngine]:
         # Data that is missing or does not fit this model must not fail the build at its end.
@@ -138,7 +81,7 @@ class _ModelBuild:
             "pooling": self.model.pooling,
             "normalize": self.model.normalize,
             "code": code_digest(*_EXPORT_CODE),
-            "versions": _versions("onnx", "tokenizers", "transformers"),
+            "versions": versions("onnx", "tokenizers", "transformers"),
         }
 
         def build(out: Path) -> dict[str, Any]:
@@ -148,42 +91,40 @@ class _ModelBuild:
                 self.source, self.model.task, out, pooling=self.model.pooling, normalize=self.model.normalize
             )
             parity = self._parity(graph.path, graph.serving)
-            self._require_unchanged()
+            self.require_unchanged()
             return {"serving": graph.serving, "parity": parity}
 
-        return self._run("export", self.work / "export", inputs, build, _describe_export)
+        return self.run("export", self.work / "export", inputs, build, _describe_export)
 
     @cached_property
     def reference(self) -> StageRun:
         inputs = {
             "source": self.source_digests,
-            "data": self._data_digest(self.model.evaluation),
+            "data": self.data_digest(self.model.evaluation),
             "max_length": self.max_length,
             "model": [self.model.task, self.model.pooling, self.model.normalize],
             "code": code_digest("build_engines/reference.py", *_DATA_CODE),
-            "versions": _versions("torch", "transformers", "sentence-transformers"),
+            "versions": versions("torch", "transformers", "sentence-transformers"),
         }
 
         def build(out: Path) -> dict[str, Any]:
             found = self._torch.answers(self.evaluation, self.max_length)
-            self._require_unchanged()
+            self.require_unchanged()
             np.save(out / "answers.npy", found)
             return {"rows": len(found)}
 
-        return self._run(
-            "reference", self.work / "reference", inputs, build, lambda r: f"{r['rows']} answers"
-        )
+        return self.run("reference", self.work / "reference", inputs, build, lambda r: f"{r['rows']} answers")
 
     def _precision(self, precision: Precision) -> StageRun:
         inputs = {
             "export": self.exported.digests(),
             "serving": self.exported.result["serving"],  # labels decide accuracy and are not in the graph
             "reference": self.reference.digests(),
-            "evaluation": self._data_digest(self.model.evaluation),
-            "calibration": self._data_digest(self.model.calibration.data),
+            "evaluation": self.data_digest(self.model.evaluation),
+            "calibration": self.data_digest(self.model.calibration.data),
             "settings": [precision, self.max_length, asdict(self.model.gates), self._calibration_settings()],
             "code": code_digest(*_PRECISION_CODE),
-            "versions": _versions("onnxruntime"),
+            "versions": versions("onnxruntime"),
         }
 
         def build(out: Path) -> dict[str, Any]:
@@ -200,7 +141,7 @@ class _ModelBuild:
             graph = self.exported.folder / "model.onnx"
             return build_precision(graph, precision, out / "model.onnx", material, self.reporter.progress)
 
-        return self._run(precision, self.work / precision, inputs, build, _describe_gate)
+        return self.run(precision, self.work / precision, inputs, build, _describe_gate)
 
     def _compile(self, precision: Precision, graph: StageRun, target: Target) -> BuiltEngine:
         folder = self.stack.build_dir / "engines" / self.model.name / precision / target.name
@@ -216,7 +157,7 @@ class _ModelBuild:
             "serving": self.serving,
             "gates": asdict(self.model.gates),
             "code": code_digest("build_engines/targets", *_JUDGING_CODE),
-            "versions": _versions("onnxruntime", "tensorrt-rtx", "tensorrt"),
+            "versions": versions("onnxruntime", "tensorrt-rtx", "tensorrt"),
         }
 
         def build(out: Path) -> dict[str, Any]:
@@ -245,7 +186,7 @@ class _ModelBuild:
                 self._verify_engine(out, manifest, precision, target)
             return {"gates": json.loads((out / "manifest.json").read_text(encoding="utf-8"))["gates"]}
 
-        run = self._run(
+        run = self.run(
             f"{precision} {target.name}", folder, inputs, build, lambda r: _describe_engine(r, folder)
         )
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -298,31 +239,6 @@ class _ModelBuild:
         return np.load(self.reference.folder / "answers.npy", allow_pickle=False)
 
     @cached_property
-    def source_digests(self) -> dict[str, str]:
-        if not self.source.is_dir():
-            from_hub = self.model.source_dir is None
-            raise FetchError(
-                f"the checkpoint of model {self.model.name!r} is not at {self.source}",
-                cause="it was not fetched yet" if from_hub else "the stack file names this folder",
-                next_step=f"build-engines fetch {self.stack.path}"
-                if from_hub
-                else f"correct [models.{self.model.name}] source; make demo trains the demo's models",
-            )
-        return self._checkpoint_digests()
-
-    def _checkpoint_digests(self) -> dict[str, str]:
-        # A stack file that lies in its checkpoint's folder builds inside that folder.
-        return folder_digests(self.source, _CHECKPOINT_FILES, without=self.stack.build_dir)
-
-    def _require_unchanged(self) -> None:
-        """What was just read must be what the record will say was read."""
-        if self._checkpoint_digests() != self.source_digests:
-            raise ArtifactError(
-                f"{self.source} changed while the model {self.model.name!r} was being built from it",
-                next_step="run the build again when the checkpoint is complete",
-            )
-
-    @cached_property
     def max_length(self) -> int:
         """The stack file's, bounded by the positions that the checkpoint was trained with."""
         return int(min(self.model.max_length, self.exported.result["serving"]["max_positions"]))
@@ -347,35 +263,6 @@ class _ModelBuild:
     def _calibration_settings(self) -> list[Any]:
         settings = self.model.calibration
         return [settings.samples, settings.method, settings.percentile, settings.smoothing]
-
-    def _data_digest(self, data: DataRef | None) -> str | None:
-        if data is None:
-            return None
-        path = data_file(data.path or data.spec)
-        return sha256(path) if path.is_file() else None
-
-    def _run(
-        self,
-        stage: str,
-        folder: Path,
-        inputs: dict[str, Any],
-        build: Callable[[Path], dict[str, Any]],
-        describe: Callable[[dict[str, Any]], str],
-    ) -> StageRun:
-        self.reporter.start(self.model.name, stage)
-        run = run_stage(folder, inputs, build)
-        self.reporter.finish(run, describe(run.result))
-        return run
-
-
-def _versions(*distributions: str) -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for name in distributions:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def _describe_export(result: dict[str, Any]) -> str:

@@ -1,0 +1,45 @@
+"""The order of the stages, and nowhere else. An encoder: source, export, reference, precision, compile.
+
+    build/<stack>/work/<model>/export/       what the checkpoint is: graph or description, tokenizer
+    build/<stack>/work/<model>/reference/    the FP32 answers on the evaluation data
+    build/<stack>/work/<model>/<precision>/  model.onnx: the typed graph, its gate passed
+    build/<stack>/engines/<model>/<precision>/<target>/   engine, tokenizer.json, manifest.json
+
+Every folder holds a record of what it was made from; what did not change is not made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from build_engines.pipeline.decoder import DecoderBuild
+from build_engines.pipeline.encoder import EncoderBuild
+from build_engines.pipeline.model import BuiltEngine, ModelBuild, Reporter
+from build_engines.plan import resolve_open
+from build_engines.stack import Stack
+from build_engines.targets import get_target
+
+__all__ = ["BuiltEngine", "Reporter", "build_stack"]
+
+
+def build_stack(
+    stack: Stack,
+    reporter: Reporter,
+    *,
+    models: Sequence[str] | None = None,
+    targets: Sequence[str] | None = None,
+) -> list[BuiltEngine]:
+    """Build every engine of the stack (or of the models and targets named) and return them.
+
+    Raises:
+        OnecardError: what a stage raises. Finished stages are kept, so the next run goes on from there.
+    """
+    chosen = [get_target(name) for name in (targets or stack.targets)]
+    for target in chosen:
+        target.check()  # before hours of work, not after
+    stack = resolve_open(stack)
+    built: list[BuiltEngine] = []
+    for name in models or list(stack.models):
+        build: type[ModelBuild] = DecoderBuild if stack.models[name].task == "generate" else EncoderBuild
+        built += build(stack, stack.models[name], reporter).engines(chosen)
+    return built

@@ -1,0 +1,232 @@
+"""The stages of a causal LM: export, precision, compile.
+
+    work/<model>/export/       tokenizer.json, chat_template.jinja; the record says what the checkpoint is
+    work/<model>/<precision>/  model.onnx and its data, the gate passed; reference.npz: FP32's predictions
+
+There is no FP32 graph between them: a large checkpoint would take more disk than the card's owner has. Each
+precision is written straight from the checkpoint's tensors, one at a time, in a pass that also judges it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from build_engines.decoder_kernels import Material, compile_for_cpu
+from build_engines.decoder_precision import REFERENCE_FILE, DecoderMaterial, build_decoder_precision
+from build_engines.decoder_reference import MOST_PARAMETERS, check_decoder_parity
+from build_engines.decoder_texts import DecoderTexts, load_decoder_texts, parameters
+from build_engines.errors import StackError
+from build_engines.export.decoder import open_decoder
+from build_engines.export.decoder_serving import TEMPLATE_FILE, copy_chat_tokenizer, decoder_serving
+from build_engines.export.decoder_weights import Decoder
+from build_engines.gates import GateReport
+from build_engines.manifest import StageRun, code_digest, digest_of, write_manifest
+from build_engines.perplexity import Reference, engine_nll, judge
+from build_engines.pipeline.model import BuiltEngine, ModelBuild, versions
+from build_engines.profiles import decoder_profile
+from build_engines.stack import Precision
+from build_engines.targets import Target
+from triton_repo.runtime.decoder import DecoderEngine
+
+_EXPORT_CODE = ("build_engines/export", "build_engines/graphs.py", "build_engines/decoder_reference.py")
+_PRECISION_CODE = (
+    *_EXPORT_CODE,
+    "build_engines/quantize",
+    "build_engines/decoder_precision.py",
+    "build_engines/decoder_sensitivity.py",
+    "build_engines/decoder_stream.py",
+    "build_engines/decoder_texts.py",
+    "build_engines/perplexity.py",
+    "build_engines/gates.py",
+    "build_engines/fallback.py",
+    "calibration/samples.py",
+    "triton_repo/runtime/chat.py",
+)
+_COMPILE_CODE = (
+    "build_engines/targets",
+    "build_engines/decoder_kernels.py",
+    "build_engines/perplexity.py",
+    "triton_repo/runtime",
+)
+
+
+class DecoderBuild(ModelBuild):
+    """All stages of one causal LM."""
+
+    def engines(self, targets: Sequence[Target]) -> list[BuiltEngine]:
+        _ = self.texts  # data that is missing must not fail the build later
+        built = []
+        for precision in self.model.precisions:
+            graph = self._precision(precision)
+            for target in targets:
+                if precision == "fp32" and target.name != "onnxruntime":
+                    continue  # TensorRT has no fused FP32 attention
+                built.append(self._compile(precision, graph, target))
+        return built
+
+    # --- stages ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def exported(self) -> StageRun:
+        inputs = {
+            "source": self.source_digests,
+            "code": code_digest(*_EXPORT_CODE),
+            "versions": versions("onnx", "tokenizers", "transformers"),
+        }
+
+        def build(out: Path) -> dict[str, Any]:
+            copy_chat_tokenizer(self.source, out)
+            parity = self._parity(out / "tokenizer.json")
+            self.require_unchanged()
+            return {"serving": decoder_serving(self.decoder), "parity": parity}
+
+        return self.run("export", self.work / "export", inputs, build, _describe_export)
+
+    def _precision(self, precision: Precision) -> StageRun:
+        tables = [self.model.embedding, self.model.head] if precision == "int8-weights" else None
+        inputs = {
+            "source": self.source_digests,
+            "export": self.exported.digests(),
+            "evaluation": self.data_digest(self.model.evaluation),
+            "calibration": self.data_digest(self.model.calibration.data),
+            "settings": [precision, tables, self.capacity, asdict(self.model.gates)],
+            "samples": self.model.calibration.samples,
+            "code": code_digest(*_PRECISION_CODE),
+            "versions": versions("onnxruntime"),
+        }
+
+        def build(out: Path) -> dict[str, Any]:
+            material = DecoderMaterial(self.model, self.texts.calibration, self.texts.evaluation)
+            found = build_decoder_precision(
+                self.decoder, precision, out / "model.onnx", material, self.reporter.progress
+            )
+            self.require_unchanged()
+            return found
+
+        return self.run(precision, self.work / precision, inputs, build, _describe_gate)
+
+    def _compile(self, precision: Precision, graph: StageRun, target: Target) -> BuiltEngine:
+        folder = self.stack.build_dir / "engines" / self.model.name / precision / target.name
+        profile = decoder_profile(self.model)
+        capability = self.stack.card.compute_capability if target.needs_card else None
+        bounds = {"slots": profile.slots, "capacity": profile.capacity, "chunk": profile.chunk}
+        serving = {**self.exported.result["serving"], **bounds}
+        inputs = {
+            "graph": graph.digests(),
+            "checkpoint": digest_of(self.source_digests),
+            "verified": graph.result,
+            "tokenizer": self.exported.digests(),
+            "serving": serving,
+            "compute_capability": capability,
+            "gates": asdict(self.model.gates),
+            "code": code_digest(*_COMPILE_CODE),
+            "versions": versions("onnxruntime", "tensorrt-rtx", "tensorrt"),
+        }
+
+        def build(out: Path) -> dict[str, Any]:
+            gates = {"graph": graph.result}
+            source = graph.folder / "model.onnx"
+            if target.name == "onnxruntime":
+                made = compile_for_cpu(source, out, self._material(graph, serving), self.reporter.progress)
+                gates["engine"] = made.pop("gate")
+            else:
+                made = target.compile(
+                    source,
+                    out,
+                    profile=profile,
+                    compute_capability=capability,
+                    progress=self.reporter.progress,
+                )
+            for name in ("tokenizer.json", TEMPLATE_FILE):
+                if (self.exported.folder / name).is_file():
+                    shutil.copyfile(self.exported.folder / name, out / name)
+            manifest = {
+                "model": self.model.name,
+                "task": self.model.task,
+                "precision": precision,
+                "target": target.name,
+                "profile": profile.as_dict(),
+                "compute_capability": capability,
+                "sources": {"checkpoint": digest_of(self.source_digests), **graph.digests()},
+                "gates": gates,
+                "serving": serving,
+                **made,
+            }
+            write_manifest(out, manifest, target.engine_file)
+            return {"gates": gates}
+
+        run = self.run(
+            f"{precision} {target.name}", folder, inputs, build, lambda r: _describe_engine(r, folder)
+        )
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return BuiltEngine(folder, manifest, run.skipped)
+
+    # --- parts ----------------------------------------------------------------------------------------------
+
+    def _material(self, graph: StageRun, serving: dict[str, Any]) -> Material:
+        reference = Reference.load(graph.folder / REFERENCE_FILE)
+
+        def judged(engine: DecoderEngine) -> GateReport:
+            found = engine_nll(engine, reference.rows)
+            return judge(reference.scores, found, self.model.gates)
+
+        sample = max(self.texts.calibration, key=len)
+        return Material(serving, judged, sample.tolist())
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        _ = self.source_digests  # a missing folder has a better message than a missing config.json
+        return open_decoder(self.source)
+
+    @cached_property
+    def capacity(self) -> int:
+        """Tokens per slot: the stack file's, which may not exceed what the model was trained with."""
+        positions = int(self.exported.result["serving"]["positions"])
+        if self.model.max_length > positions:
+            raise StackError(
+                f"{self.stack.path}: models.{self.model.name}.max_length = {self.model.max_length}, "
+                f"but the model has {positions} positions",
+                next_step=f"set max_length to at most {positions}, or leave it out",
+            )
+        return self.model.max_length
+
+    @cached_property
+    def texts(self) -> DecoderTexts:
+        return load_decoder_texts(self.model, self.decoder, self.exported.folder / "tokenizer.json")
+
+    def _parity(self, tokenizer: Path) -> float | None:
+        """Against Transformers, where the machine can be expected to hold the model twice."""
+        if parameters(self.decoder) > MOST_PARAMETERS:
+            return None
+        self.reporter.progress("compare with Transformers", 0, 1)
+        texts = load_decoder_texts(self.model, self.decoder, tokenizer)
+        found = check_decoder_parity(
+            self.decoder, texts.evaluation, allow_remote_code=self.model.allow_remote_code
+        )
+        self.reporter.progress("compare with Transformers", 1, 1)
+        return found
+
+
+def _describe_export(result: dict[str, Any]) -> str:
+    if result["parity"] is None:
+        return "too large to compare with Transformers here"
+    return f"equal to Transformers within {result['parity']:.1e}"
+
+
+def _describe_gate(result: dict[str, Any]) -> str:
+    checks = {check["name"]: check["value"] for check in result["gate"]["checks"]}
+    shown = f"perplexity {checks['perplexity']:.3f} ({checks['perplexity increase']:+.2%} over FP32)"
+    returned = len(result.get("returned", []))
+    return f"{shown}; {returned} layers returned" if returned else shown
+
+
+def _describe_engine(result: dict[str, Any], folder: Path) -> str:
+    size = sum(path.stat().st_size for path in folder.glob("engine.*"))
+    judged = "engine" in result["gates"]
+    return f"{size / 2**20:,.1f} MiB, verified" if judged else f"{size / 2**20:,.1f} MiB"

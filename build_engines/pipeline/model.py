@@ -1,0 +1,106 @@
+"""What every model's build has: its checkpoint, its folders, and the running of one recorded stage."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from build_engines.errors import ArtifactError, FetchError
+from build_engines.manifest import StageRun, folder_digests, run_stage
+from build_engines.stack import DataRef, Model, Stack
+from build_engines.targets import Target
+from calibration.samples import data_file
+from triton_repo.runtime.session import sha256
+
+_CHECKPOINT_FILES = (".json", ".safetensors", ".txt", ".model")
+
+
+class Reporter(Protocol):
+    """Hears what the pipeline does; the CLI draws it."""
+
+    def start(self, model: str, stage: str) -> None: ...
+    def progress(self, phase: str, done: int, total: int) -> None: ...
+    def finish(self, run: StageRun, detail: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """One published engine: its folder and manifest, and whether this run made it."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    skipped: bool
+
+
+class ModelBuild(ABC):
+    """All stages of one model. Each stage's inputs name everything that decides its result."""
+
+    def __init__(self, stack: Stack, model: Model, reporter: Reporter) -> None:
+        self.stack = stack
+        self.model = model
+        self.reporter = reporter
+        self.source = stack.checkpoint_dir(model)
+        self.work = stack.build_dir / "work" / model.name
+
+    @abstractmethod
+    def engines(self, targets: Sequence[Target]) -> list[BuiltEngine]:
+        """Run every stage that is not up to date; one engine per precision and target."""
+
+    @cached_property
+    def source_digests(self) -> dict[str, str]:
+        if not self.source.is_dir():
+            from_hub = self.model.source_dir is None
+            raise FetchError(
+                f"the checkpoint of model {self.model.name!r} is not at {self.source}",
+                cause="it was not fetched yet" if from_hub else "the stack file names this folder",
+                next_step=f"build-engines fetch {self.stack.path}"
+                if from_hub
+                else f"correct [models.{self.model.name}] source; make demo trains the demo's models",
+            )
+        return self._checkpoint_digests()
+
+    def _checkpoint_digests(self) -> dict[str, str]:
+        # A stack file that lies in its checkpoint's folder builds inside that folder.
+        return folder_digests(self.source, _CHECKPOINT_FILES, without=self.stack.build_dir)
+
+    def require_unchanged(self) -> None:
+        """What was just read must be what the record will say was read."""
+        if self._checkpoint_digests() != self.source_digests:
+            raise ArtifactError(
+                f"{self.source} changed while the model {self.model.name!r} was being built from it",
+                next_step="run the build again when the checkpoint is complete",
+            )
+
+    def data_digest(self, data: DataRef | None) -> str | None:
+        if data is None:
+            return None
+        path = data_file(data.path or data.spec)
+        return sha256(path) if path.is_file() else None
+
+    def run(
+        self,
+        stage: str,
+        folder: Path,
+        inputs: dict[str, Any],
+        build: Callable[[Path], dict[str, Any]],
+        describe: Callable[[dict[str, Any]], str],
+    ) -> StageRun:
+        self.reporter.start(self.model.name, stage)
+        run = run_stage(folder, inputs, build)
+        self.reporter.finish(run, describe(run.result))
+        return run
+
+
+def versions(*distributions: str) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in distributions:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
