@@ -217,6 +217,15 @@ def status(as_json: bool, **server: Any) -> None:
     help="What the engine alone reaches, to show beside the served rate (repeatable).",
 )
 @click.option(
+    "--prompt-tokens",
+    type=click.IntRange(min=4),
+    metavar="N",
+    help="Generating models: synthetic prompts of N tokens [default: the evaluation conversations].",
+)
+@click.option(
+    "--new-tokens", type=click.IntRange(min=4), metavar="N", help="Tokens per answer [default: 48; quick 32]."
+)
+@click.option(
     "--output",
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder for bench.json and report.html.",

@@ -71,13 +71,13 @@ class Conversation:
         asked: Message = {"role": "user", "content": text}
         start = time.perf_counter()
         with self._client.chat_stream([*self._messages, asked], **self._options) as stream:
-            first, last, stopped = _print_pieces(stream)
+            first, rate, stopped = _print_pieces(stream)
         answer = stream.generation
         if answer.text:
             self._messages += [asked, {"role": "assistant", "content": answer.text}]
         facts = [f"{len(answer.token_ids)} tokens"]
-        if len(answer.token_ids) > 1 and last > first:
-            facts.append(f"{(len(answer.token_ids) - 1) / (last - first):.1f} tokens/s")
+        if rate is not None:
+            facts.append(f"{rate:.1f} tokens/s")
         if first:
             facts.append(f"first after {(first - start) * 1e3:.0f} ms")
         if answer.usage and answer.usage.cached_tokens:
@@ -89,15 +89,17 @@ class Conversation:
         _say(f"[{', '.join(facts)}]")
 
 
-def _print_pieces(stream: Stream) -> tuple[float, float, bool]:
-    """When the first and the last token came (0 for never), and whether an interrupt stopped the answer."""
+def _print_pieces(stream: Stream) -> tuple[float, float | None, bool]:
+    """When the first token came (0 for never), tokens per second after that piece, and whether an interrupt
+    stopped the answer."""
     first = last = 0.0
-    stopped = False
+    tokens, stopped = 0, False
     plain = _CONTROLS if sys.stdout.isatty() else {}
     try:
         for delta in stream:
             if delta.token_ids:
                 last = time.perf_counter()
+                tokens += len(delta.token_ids) if first else 0
                 first = first or last
             click.echo(delta.text.translate(plain), nl=False)
     except KeyboardInterrupt:
@@ -105,7 +107,7 @@ def _print_pieces(stream: Stream) -> tuple[float, float, bool]:
         stream.close()
     finally:
         click.echo()
-    return first, last, stopped
+    return first, tokens / (last - first) if tokens else None, stopped
 
 
 def _terminal_lines() -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 COLORS = {
@@ -19,6 +20,17 @@ INK, GRID = "#1c2530", "#e3e7ed"
 
 def model_row(model: dict[str, Any]) -> str:
     """Throughput bars, latency against concurrency, batch size against concurrency."""
+    return figure_row(
+        [
+            lambda axes: _throughput(axes, model),
+            lambda axes: _latency(axes, model),
+            lambda axes: _batches(axes, model),
+        ]
+    )
+
+
+def figure_row(draw: Sequence[Callable[[Any], None]]) -> str:
+    """Three charts side by side; each function draws on the axes that it is given."""
     # Imported here: only the report needs it, and it takes a second. Figure alone draws without a display.
     import matplotlib
     from matplotlib.figure import Figure
@@ -27,11 +39,8 @@ def model_row(model: dict[str, Any]) -> str:
     with matplotlib.rc_context({**settings, "xtick.color": INK, "ytick.color": INK, "svg.fonttype": "path"}):
         figure = Figure(figsize=(12, 3.4), layout="constrained")
         figure.patch.set_alpha(0)
-        bars, latency, batches = figure.subplots(1, 3, width_ratios=(1.3, 1, 0.8))
-        _throughput(bars, model)
-        _latency(latency, model)
-        _batches(batches, model)
-        for axes in (bars, latency, batches):
+        for function, axes in zip(draw, figure.subplots(1, 3, width_ratios=(1.3, 1, 0.8)), strict=True):
+            function(axes)
             axes.set_facecolor("none")
             axes.spines[["top", "right"]].set_visible(False)
             axes.set_axisbelow(True)

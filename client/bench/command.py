@@ -21,8 +21,12 @@ from ..client import Client
 from ..errors import BenchError
 from ..transport import Endpoint
 from ..types import ServerStatus
-from . import machine, metrics, scoring, table
-from .baseline import Answers, Baseline, check_installed
+from . import generate_command, machine, metrics, scoring, table
+from .baseline import NEEDS, Answers, Baseline
+from .generate_baseline import NEEDS as GENERATE_NEEDS
+from .generate_baseline import GenerateBaseline
+from .generate_data import BenchGenerator, read_generators
+from .process import check_installed
 from .served import FULL, QUICK, Plan, ServedPoint, Variant
 from .summary import BenchModel, Item, read_summary
 from .workload import choose_pool, unit_name, units
@@ -44,9 +48,10 @@ class Context:
 def run(summary: Path, settings: dict[str, Any]) -> None:
     """Measure every model of the summary, print tables, write files if asked, end with one JSON line."""
     models = read_summary(summary, settings["models"])
+    generators = read_generators(summary, settings["models"])
     ceilings = parse_ceilings(settings["ceilings"], models)
     output: Path | None = settings["output"]
-    check_installed()
+    check_installed(NEEDS if models else GENERATE_NEEDS)
     if output is not None and find_spec("matplotlib") is None:
         raise BenchError("the report needs matplotlib", next_step="pip install 'onecard[bench]' installs it")
     plan = make_plan(settings)
@@ -54,12 +59,16 @@ def run(summary: Path, settings: dict[str, Any]) -> None:
     with Client(endpoint.url, timeout=120) as client:
         status = client.status()
         busy = machine.busy_share()
-        check_served(models, status, summary)
+        check_served((*models, *generators), status, summary)
         context = Context(
             client=client, address=endpoint.address, plan=plan, ceilings=ceilings, pids=server_pids()
         )
-        with Baseline(plan.seconds) as baseline:
-            measured = {model.name: measure(model, baseline, context) for model in models}
+        measured: dict[str, Any] = {}
+        if models:
+            with Baseline(plan.seconds) as baseline:
+                measured |= {model.name: measure(model, baseline, context) for model in models}
+        if generators:
+            measured |= measure_generators(generators, context, settings)
         document = {
             "machine": machine.describe(status.version, busy),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -72,6 +81,17 @@ def run(summary: Path, settings: dict[str, Any]) -> None:
     if output is not None:
         write_files(document, output)
     click.echo(json.dumps(document, ensure_ascii=False))
+
+
+def measure_generators(
+    generators: Sequence[BenchGenerator], context: Context, settings: dict[str, Any]
+) -> dict[str, Any]:
+    plan = generate_command.make_plan(settings)
+    with GenerateBaseline(plan.baseline_seconds, plan.baseline_limit) as baseline:
+        return {
+            model.name: generate_command.measure(model, baseline, plan, context.address, context.pids, _say)
+            for model in generators
+        }
 
 
 def make_plan(settings: dict[str, Any]) -> Plan:
@@ -98,7 +118,7 @@ def parse_ceilings(given: Sequence[str], models: Sequence[BenchModel]) -> dict[t
     return ceilings
 
 
-def check_served(models: Sequence[BenchModel], status: ServerStatus, summary: Path) -> None:
+def check_served(models: Sequence[BenchModel | BenchGenerator], status: ServerStatus, summary: Path) -> None:
     states = {model.name: model for model in status.models}
     for model in models:
         for name in model.variants.values():

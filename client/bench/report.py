@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
+from . import generate_report
 from .charts import model_row
 from .table import NAMES, busy_warning, is_busy
 
@@ -63,6 +64,8 @@ process of its own, all cores, warmed up, tokenizing included; batches of 32 are
 
 
 def _model(name: str, model: dict[str, Any]) -> str:
+    if model["task"] == "generate":
+        return generate_report.section(name, model)
     texts = model["texts"]
     return f"""<section>
 <h2>{escape(name)} <span class="soft">{escape(model["task"])}</span></h2>

@@ -42,19 +42,26 @@ class BenchModel:
 
 
 def read_summary(path: Path, only: tuple[str, ...] = ()) -> tuple[BenchModel, ...]:
-    """The models to measure, all or those named; BenchError names the file and the field that is wrong."""
-    document = _read_json(path)
+    """The encoders to measure, all or those named; BenchError names the file and the field that is wrong.
+
+    Models that generate are read by `generate_data`.
+    """
+    document = read_json(path)
     models = document.get("models")
     if not isinstance(models, dict) or not models:
         raise BenchError(f"{path}: no models in it", next_step=REBUILD)
     unknown = [name for name in only if name not in models]
     if unknown:
         raise BenchError(f"{path}: no model {', '.join(unknown)}; it has {', '.join(sorted(models))}")
-    encoders = {name: entry for name, entry in models.items() if not only or name in only}
+    encoders = {
+        name: entry
+        for name, entry in models.items()
+        if (not only or name in only) and not (isinstance(entry, dict) and entry.get("task") == "generate")
+    }
     return tuple(_read_model(path, name, entry) for name, entry in encoders.items())
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -72,13 +79,13 @@ def _read_model(path: Path, name: str, entry: object) -> BenchModel:
     if not isinstance(entry, dict):
         raise BenchError(f"{path}: models.{name} is not an object", next_step=REBUILD)
     where = f"{path}: models.{name}"
-    task = _field(where, entry, "task", lambda value: value in TASKS, f"one of {', '.join(TASKS)}")
-    source = Path(_field(where, entry, "source", _is_text, "the checkpoint's folder"))
-    variants = _field(where, entry, "variants", _is_text_map, "precisions with their Triton model names")
-    max_length = _field(
+    task = field_of(where, entry, "task", lambda value: value in TASKS, f"one of {', '.join(TASKS)}")
+    source = Path(field_of(where, entry, "source", is_text, "the checkpoint's folder"))
+    variants = field_of(where, entry, "variants", is_text_map, "precisions with their Triton model names")
+    max_length = field_of(
         where, entry, "max_length", lambda value: type(value) is int and value > 0, "a length"
     )
-    evaluation = _field(where, entry, "evaluation", lambda value: value is None or _is_text(value), "a path")
+    evaluation = field_of(where, entry, "evaluation", lambda value: value is None or is_text(value), "a path")
     if not source.is_dir():
         raise BenchError(
             f"{where}.source: {source} is not a folder; the baseline needs the checkpoint",
@@ -104,7 +111,7 @@ def _read_model(path: Path, name: str, entry: object) -> BenchModel:
     )
 
 
-def _field(
+def field_of(
     where: str, entry: Mapping[str, Any], name: str, valid: Callable[[Any], bool], expected: str
 ) -> Any:
     if name not in entry:
@@ -114,12 +121,12 @@ def _field(
     return entry[name]
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
 
 
-def _is_text_map(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(_is_text(name) for name in value.values())
+def is_text_map(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(is_text(name) for name in value.values())
 
 
 def read_items(path: Path, task: str) -> tuple[Item, ...]:
@@ -144,13 +151,13 @@ def read_items(path: Path, task: str) -> tuple[Item, ...]:
 def _item(record: dict[str, Any], task: str) -> Item:
     if task != "rerank":
         text, label = record["text"], record.get("label")
-        if not _is_text(text):
+        if not is_text(text):
             raise ValueError("text is not a non-empty string")
         return Item(text, None if label is None else str(label))
     passages = tuple(record["passages"])
     relevance = tuple(float(value) for value in record["relevance"])
-    if not passages or len(passages) != len(relevance) or not all(map(_is_text, passages)):
+    if not passages or len(passages) != len(relevance) or not all(map(is_text, passages)):
         raise ValueError("passages and relevance do not belong together")
-    if not _is_text(record["query"]):
+    if not is_text(record["query"]):
         raise ValueError("query is not a non-empty string")
     return Item(record["query"], None, passages, relevance)

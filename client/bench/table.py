@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..display import new_table
+from . import generate_table
 
 NAMES = {
     "accuracy": "accuracy",
@@ -32,7 +33,10 @@ def print_report(document: dict[str, Any], console: Console) -> None:
     if is_busy(machine):
         console.print(f"[yellow]{busy_warning(machine)}[/]", highlight=False)
     for name, model in document["models"].items():
-        print_model(name, model, console)
+        if model["task"] == "generate":
+            generate_table.print_model(name, model, console)
+        else:
+            print_model(name, model, console)
     memory = document["server_memory_mb"]
     if memory is not None:
         console.print(f"server's processes together: {memory:,.0f} MiB resident", highlight=False)

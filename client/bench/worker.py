@@ -10,6 +10,7 @@ as the server tokenizes too. The embedder is sentence-transformers itself.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -44,7 +45,7 @@ class Embedder:
             self.model = SentenceTransformer(modules=parts, device="cpu")
         self.model.max_seq_length = job["max_length"]
         self.tokenizer = self.model.tokenizer
-        _set_precision(self.model, job["precision"])
+        set_precision(self.model, job["precision"])
 
     def one(self, item: Any) -> Any:
         return self.model.encode([item[0]], batch_size=1, show_progress_bar=False)
@@ -67,7 +68,7 @@ class SequenceClassifier:
         self.max_length = job["max_length"]
         self.tokenizer = AutoTokenizer.from_pretrained(job["source"])
         self.model = AutoModelForSequenceClassification.from_pretrained(job["source"]).eval()
-        _set_precision(self.model, job["precision"])
+        set_precision(self.model, job["precision"])
         names = self.model.config.id2label
         self.labels = tuple(names[key] for key in sorted(names))
 
@@ -108,7 +109,7 @@ class SequenceClassifier:
         return self.model(**inputs).logits.float().numpy()
 
 
-def _set_precision(model: Any, precision: str) -> None:
+def set_precision(model: Any, precision: str) -> None:
     import torch
 
     model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -136,7 +137,7 @@ def _speeds(model: Embedder | SequenceClassifier, pool: Sequence[Any], seconds: 
     one = _rate(model.one, pool, seconds)
     model.many(pool[:BATCH])
     many = _rate(model.many, [pool], seconds)
-    return {"one_by_one_per_s": one, "batch32_per_s": many, "memory_mib": _resident_mib()}
+    return {"one_by_one_per_s": one, "batch32_per_s": many, "memory_mib": resident_mib()}
 
 
 def _rate(call: Callable[[Any], Any], calls: Sequence[Any], seconds: float) -> float:
@@ -170,17 +171,17 @@ def _token_counts(model: Embedder | SequenceClassifier, items: Sequence[Any]) ->
     return np.array(counts, np.int64)
 
 
-def _resident_mib() -> float:
+def resident_mib() -> float:
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmRSS:"))
 
 
-def _in_fork(job: dict[str, Any], results: int) -> None:
+def _in_fork(run_job: Callable[[dict[str, Any]], dict[str, Any]], job: dict[str, Any], results: int) -> None:
     child = os.fork()
     if child == 0:
         try:
             try:
-                result = run(job)
+                result = run_job(job)
             except Exception as error:
                 result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
             os.write(results, (json.dumps(result) + "\n").encode())
@@ -192,16 +193,15 @@ def _in_fork(job: dict[str, Any], results: int) -> None:
         os.write(results, (json.dumps({"error": reason}) + "\n").encode())
 
 
-def main() -> None:
+def serve(run_job: Callable[[dict[str, Any]], dict[str, Any]], libraries: Sequence[str]) -> None:
+    """Run each job that standard input brings in a fork; the libraries are loaded before, once."""
     results = os.dup(1)
     os.dup2(2, 1)  # whatever a library prints must not reach the results
-    import sentence_transformers  # noqa: F401  before the forks, so that each starts at once
-    import torch  # noqa: F401
-    import transformers  # noqa: F401
-
+    for library in libraries:
+        importlib.import_module(library)
     for line in sys.stdin:
-        _in_fork(json.loads(line), results)
+        _in_fork(run_job, json.loads(line), results)
 
 
 if __name__ == "__main__":
-    main()
+    serve(run, ("sentence_transformers", "torch", "transformers"))

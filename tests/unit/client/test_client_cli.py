@@ -75,7 +75,7 @@ def test_bench_says_when_the_server_is_not_there_before_it_measures(
         "evaluation": str(tmp_path / "e.jsonl"),
     }
     summary.write_text(json.dumps({"models": {"m": model}}), "utf-8")
-    monkeypatch.setattr("client.bench.command.check_installed", lambda: None)
+    monkeypatch.setattr("client.bench.command.check_installed", lambda packages: None)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
         url = f"127.0.0.1:{unused.getsockname()[1]}"

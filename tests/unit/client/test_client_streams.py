@@ -40,15 +40,14 @@ class Behaviour:
             while alive():
                 yield fake_llm.arrays(["x"], [0], [1])
                 time.sleep(0.005)
-            self.left.set()
             return
         stream = np.array([inputs.get("stream", True)])
         request = InferRequest(model="m", inputs={"stream": stream}, outputs=(), request_id="")
         for place, outputs in enumerate(fake_llm.responses(request)):
             if prompt == "silent" and place == 2:
-                while alive():
+                until = time.monotonic() + 2  # over HTTP nothing tells it that nobody listens
+                while alive() and time.monotonic() < until:
                     time.sleep(0.005)
-                self.left.set()
                 return
             if prompt.startswith("fail") and place == 2 * stream[0]:
                 raise RuntimeError(prompt.partition(" ")[2])
@@ -60,6 +59,12 @@ class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.behaviour = behaviour
 
     def ModelStreamInfer(self, requests: Any, context: Any) -> Iterator[Any]:
+        ended: list[bool] = []
+        context.add_callback(lambda: ended or self.behaviour.left.set())
+        yield from self._answer(requests, context)
+        ended.append(True)
+
+    def _answer(self, requests: Any, context: Any) -> Iterator[Any]:
         for request in requests:
             inputs = {
                 tensor.name: array(tensor.datatype, raw)
