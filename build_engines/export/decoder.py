@@ -57,10 +57,11 @@ from build_engines.export.decoder_weights import Decoder, narrowed, parameter_sh
 from build_engines.export.graph import GraphBuilder, Weight
 
 DECODER_OPSET = 24  # TensorScatter
-DECODER_IR = 11
+DECODER_IR = 11  # as the encoders: every runtime here reads it
 Precision = Literal["fp32", "fp16", "int8-weights"]
 # Gives the INT8 codes [K, N] (embedding: [vocabulary, hidden]) and the scale per output channel, float32 [N]
-# (embedding: per row), when the graph is written; the codes may be mapped from a file.
+# (embedding: per row), when the graph is written, once for each; the codes may be mapped from a file. The
+# scale is rounded to the graph's type: choose the codes for the rounded one.
 QuantizedSource = Callable[[], tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]]
 _BLOCK = 1 << 24
 

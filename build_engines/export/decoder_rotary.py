@@ -70,6 +70,10 @@ def _rope(
     partial = entry.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
         raise ExportError(f"{folder}: partial_rotary_factor {partial!r} is not supported; supported is 1.0")
+    needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+    lost = [key for key in needed.get(str(kind), ()) if entry.get(key) is None]
+    if lost:
+        raise ExportError(f"{folder}: rope_type {kind!r} without {', '.join(lost)} in config.json")
     base = entry.get("rope_theta", theta)
     original = (
         config.get("original_max_position_embeddings")

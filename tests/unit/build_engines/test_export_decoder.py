@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_decoders import DECODERS, VOCABULARY, Reference, Runner, save_decoder
+from tiny_decoders import DECODERS, POSITIONS, VOCABULARY, Reference, Runner, save_decoder
 
 from build_engines.errors import ArtifactError, ExportError
 from build_engines.export import layer_graph, open_decoder, write_decoder
@@ -90,6 +90,17 @@ def test_logits_of_several_positions_and_none_beyond_them(tiny: Made, tmp_path: 
     logits = Runner(tmp_path / "model.onnx", 1, 16).step(ids, [0], [[11, 0, 5]])
     assert logits.shape == (1, 3, VOCABULARY)
     np.testing.assert_allclose(logits[0], reference(ids[0])[[11, 0, 5]], atol=2e-5)
+
+
+def test_padding_may_lie_beyond_the_last_position(tiny: Made, tmp_path: Path) -> None:
+    folder, reference = tiny("llama")
+    write_decoder(open_decoder(folder), tmp_path / "model.onnx", precision="fp32")
+    ids = np.random.default_rng(1).integers(3, VOCABULARY, POSITIONS)
+    runner = Runner(tmp_path / "model.onnx", 1, POSITIONS + CHUNK)
+    runner.step(ids[None, :-2], [0], [[0]])
+    chunk = np.concatenate([ids[-2:], np.full(CHUNK - 2, 7)])
+    logits = runner.step(chunk[None], [POSITIONS - 2], [[0, 1]])
+    np.testing.assert_allclose(logits[0], reference(ids)[-2:], atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["llama3-rope", "linear-rope", "gemma3"])
@@ -186,6 +197,22 @@ def test_int8_weights_multiply_as_codes_times_scale(tiny: Made, tmp_path: Path) 
     types = {t.name: t.data_type for t in onnx.load(str(path)).graph.initializer}
     assert types["layers.0.ffn.up.weight"] == onnx.TensorProto.INT8
     assert types[f"{kept}.weight"] == onnx.TensorProto.FLOAT
+
+
+def test_scale_of_an_empty_channel_stays_above_zero(tmp_path: Path) -> None:
+    """TensorRT refuses a scale of 0, and FP16 rounds small ones to it."""
+    import onnx
+    from tiny_decoders import write_hollow
+
+    write_hollow(tmp_path / "checkpoint")
+    empty = np.zeros((32, 64), np.int8), np.array([0.0, 1e-9, *[0.5] * 62], np.float32)
+    path = tmp_path / "model.onnx"
+    decoder = open_decoder(tmp_path / "checkpoint")
+    write_decoder(decoder, path, precision="int8-weights", quantized={"head": lambda: empty})
+    scale = next(t for t in onnx.load(str(path)).graph.initializer if t.name == "head.scale")
+    values = onnx.numpy_helper.to_array(scale)
+    assert values.dtype == np.float16
+    assert (values > 0).all()
 
 
 def test_half_precision_graph_keeps_its_caches_and_weights_in_half(tiny: Made, tmp_path: Path) -> None:

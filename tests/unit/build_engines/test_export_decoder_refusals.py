@@ -53,6 +53,7 @@ def copy(hollow: Path, tmp_path: Path) -> Copy:
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn' is not supported"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope' is not supported"),
         ({"rope_scaling": {"rope_type": "linear", "factor": -1}}, "rope factor must be a positive number"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_type 'linear' without factor"),
         ({"rope_theta": 0}, "rope_theta must be a positive number, not 0"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers must be an integer from 1 to 1024, not 10000"),
