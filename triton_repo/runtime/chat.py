@@ -147,6 +147,23 @@ def _environment() -> Any:
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return nodes.Scope(body).set_lineno(line)
 
+    class Namespace(jinja2.utils.Namespace):
+        """Jinja's own takes any attribute, also those that Python gives a meaning to."""
+
+        def __init__(*values: Any, **named: Any) -> None:
+            self, *rest = values
+            jinja2.utils.Namespace.__init__(self)
+            for name, value in dict(*rest, **named).items():
+                self[name] = value
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            if name.startswith("_"):
+                raise jinja2.exceptions.SecurityError(f"a template cannot set {name!r}")
+            super().__setitem__(name, value)
+
+    def new_dict(*values: Any, **named: Any) -> dict[Any, Any]:
+        return dict(*values, **named)
+
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
@@ -162,4 +179,6 @@ def _environment() -> Any:
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = strftime_now
+    environment.globals["dict"] = new_dict
+    environment.globals["namespace"] = Namespace
     return environment
