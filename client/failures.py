@@ -41,7 +41,7 @@ _BY_STATUS: dict[str, type[ClientError]] = {
     "UNIMPLEMENTED": UnexpectedAnswer,
 }
 
-# How the generating model begins what it says. Over HTTP Triton gives all of it status 400.
+# How the generating model begins what it says. Over HTTP Triton gives all of it status 400, over gRPC none.
 _BEGINNINGS: tuple[tuple[str, type[ClientError]], ...] = (
     ("the queue is full", QueueFull),
     ("no slot became free", QueueTimeout),

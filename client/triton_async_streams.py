@@ -91,9 +91,7 @@ class Grpc(_Stream):
     async def _next(self) -> InferReply | None:
         if self._call is None:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(self._opened())
-            self._call = stub.ModelStreamInfer(
-                iter([wire.stream_message(self._request)]), metadata=wire.STREAM_METADATA
-            )
+            self._call = stub.ModelStreamInfer(iter([wire.stream_message(self._request)]))
         response = await self._call.read()
         return None if response is grpc.aio.EOF else wire.stream_reply(self._request, response)
 

@@ -52,9 +52,7 @@ class Grpc:
         self._closed = False
         try:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-            self._call = stub.ModelStreamInfer(
-                iter([wire.stream_message(request)]), metadata=wire.STREAM_METADATA
-            )
+            self._call = stub.ModelStreamInfer(iter([wire.stream_message(request)]))
         except Exception as error:
             raise stream_failure(error, url, request) from error
         self._watch = Watch(self._call.cancel)

@@ -17,7 +17,7 @@ from ..codec import InferRequest
 from ..errors import BenchError
 from ..generate import OUTPUTS, parameters, request_inputs
 from ..generate import Prompt as WirePrompt
-from ..wire import CHANNEL_ARGUMENTS, STREAM_METADATA, stream_message
+from ..wire import CHANNEL_ARGUMENTS, stream_message
 from .generate_data import Prompt
 from .loadgen import REJECTED_PAUSE_S, STRAGGLERS_S, never, percentile
 
@@ -191,7 +191,7 @@ class Streamer:
     async def run(self, payload: bytes, timed: Timed | None = None) -> Timed:
         """Send one request and keep what comes, in `timed` if given, until its end or until this task's."""
         timed = timed or Timed(time.perf_counter())
-        call = self._call(iter([payload]), metadata=STREAM_METADATA)
+        call = self._call(iter([payload]))
         try:
             while (raw := await call.read()) is not self._end:
                 timed.times.append(time.perf_counter())
