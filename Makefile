@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TORCH := torch==2.13.0
 EXTRAS := serve,build,trt-rtx,demo,bench,dev
 
-.PHONY: help setup demo engines serve bench test lint clean
+.PHONY: help setup demo engines serve bench bench-llm flagship test lint clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -45,6 +45,16 @@ bench: engines ## measure STACK against PyTorch: engines alone, then served
 	@$(BIN)/build-engines build stacks/bert-base.toml
 	@$(BIN)/build-engines measure stacks/bert-base.toml
 	@$(BIN)/triton-repo serve $(STACK) --free-ports -- $(BIN)/client bench --output build/bench
+
+bench-llm: setup ## measure a random Llama of 189 M parameters against Transformers: in process, then served
+	@$(BIN)/build-engines random-model --llm build/llama-189m/models/llama
+	@$(BIN)/build-engines build stacks/llama-189m.toml
+	@$(BIN)/build-engines measure stacks/llama-189m.toml
+	@$(BIN)/triton-repo write stacks/llama-189m.toml
+	@$(BIN)/triton-repo serve stacks/llama-189m.toml --free-ports -- $(BIN)/client bench --output build/llama-189m
+
+flagship: setup ## a random EEVE-shaped 10.8 B model to an INT8 TensorRT-RTX engine (45 GB of disk)
+	@$(BIN)/build-engines flagship build/flagship
 
 test: setup ## run all tests
 	@$(BIN)/python -m pytest

@@ -208,17 +208,22 @@ def measure(stack: Path, build_dir: Path | None, as_json: bool) -> None:
 
 @main.command("random-model")
 @click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--llm", is_flag=True, help="A Llama of 189 million parameters instead.")
 @fail_cleanly
-def random_model(folder: Path) -> None:
+def random_model(folder: Path, llm: bool) -> None:
     """Write a BERT-base-sized embedder with random weights, for measuring what a larger engine gains.
 
     \b
-    Example:
+    Examples:
       build-engines random-model build/bert-base/models/encoder
+      build-engines random-model --llm build/llama-189m/models/llama
     """
-    from build_engines.random_model import write_random_model
+    from build_engines.random_model import write_random_llm, write_random_model
 
-    write_random_model(folder)
+    if llm:
+        write_random_llm(folder)
+    else:
+        write_random_model(folder)
 
 
 def _load(path: Path, build_dir: Path | None) -> Stack:

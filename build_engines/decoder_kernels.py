@@ -66,7 +66,6 @@ class _CpuBuild:
     def __init__(self, graph: Path, out: Path, material: Material, progress: Progress) -> None:
         import onnx
 
-        # Small weights are read here, while the data file has one name: onnx takes hard links for an attack.
         self.model = widen_decoder(onnx.load(str(graph), load_external_data=False), graph.parent)
         self.source = graph
         self.out = out

@@ -99,6 +99,35 @@ def store_external(
         tensor.external_data.add(key=key, value=value)
 
 
+def load_external(tensor: onnx.TensorProto, folder: Path) -> None:
+    """Read one external tensor into the graph.
+
+    onnx's own loader takes a file with several hard links for an attack; engines share their weights by them.
+
+    Raises:
+        ArtifactError: the file is missing, short, or not in `folder`.
+    """
+    from onnx import TensorProto
+
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    file, length = folder / Path(entries["location"]).name, int(entries["length"])
+    try:
+        with file.open("rb") as data:
+            data.seek(int(entries.get("offset", 0)))
+            raw = data.read(length)
+    except OSError as error:
+        raise ArtifactError(f"the weights file {file} cannot be read: {error.strerror}") from error
+    if len(raw) != length:
+        raise ArtifactError(
+            f"the weights file {file} ends inside {tensor.name}",
+            cause="the copy was cut short",
+            next_step="delete its folder and run the build again",
+        )
+    del tensor.external_data[:]
+    tensor.data_location = TensorProto.DEFAULT
+    tensor.raw_data = raw
+
+
 def _check_external_files(model: onnx.ModelProto, folder: Path) -> None:
     from onnx import TensorProto
 

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from build_engines.graphs import load_external
+
 if TYPE_CHECKING:
     import onnx
 
@@ -54,7 +56,6 @@ def widen_decoder(model: onnx.ModelProto, data: Path) -> onnx.ModelProto:
     bytes, and `lower_decoder` casts them. `model` is left as it is.
     """
     from onnx import numpy_helper
-    from onnx.external_data_helper import load_external_data_for_tensor
 
     result = type(model)()
     result.CopyFrom(model)
@@ -62,7 +63,7 @@ def widen_decoder(model: onnx.ModelProto, data: Path) -> onnx.ModelProto:
     for tensor in graph.initializer:
         if tensor.data_type == _FLOAT16 and not _is_matrix(tensor):
             if tensor.data_location == tensor.EXTERNAL:
-                load_external_data_for_tensor(tensor, str(data))
+                load_external(tensor, data)
             values = numpy_helper.to_array(tensor).astype(np.float32)
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     for value in (*graph.input, *graph.output):
