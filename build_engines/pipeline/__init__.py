@@ -31,10 +31,12 @@ def build_stack(
 ) -> list[BuiltEngine]:
     """Build every engine of the stack (or of the models and targets named) and return them.
 
+    No targets, an empty sequence: only the typed graphs, their gates passed.
+
     Raises:
         OnecardError: what a stage raises. Finished stages are kept, so the next run goes on from there.
     """
-    chosen = [get_target(name) for name in (targets or stack.targets)]
+    chosen = [get_target(name) for name in (stack.targets if targets is None else targets)]
     for target in chosen:
         target.check()  # before hours of work, not after
     stack = resolve_open(stack)

@@ -221,7 +221,9 @@ def _describe_export(result: dict[str, Any]) -> str:
 
 def _describe_gate(result: dict[str, Any]) -> str:
     checks = {check["name"]: check["value"] for check in result["gate"]["checks"]}
-    shown = f"perplexity {checks['perplexity']:.3f} ({checks['perplexity increase']:+.2%} over FP32)"
+    shown = f"perplexity {checks['perplexity']:.3f}"
+    if "perplexity increase" in checks:
+        shown += f" ({checks['perplexity increase']:+.2%} over FP32)"
     returned = len(result.get("returned", []))
     return f"{shown}; {returned} layers returned" if returned else shown
 

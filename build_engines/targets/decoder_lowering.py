@@ -40,13 +40,13 @@ _REPLACED = frozenset(
 
 
 def int8_linears(model: onnx.ModelProto) -> list[str]:
-    """Names of the Linears whose weights the graph holds as INT8."""
-    suffix = ".dequantize"
-    return [
-        node.name.removesuffix(suffix)
+    """Names of the Linears whose weights the graph holds as INT8; the embedding is none."""
+    found = (
+        node.name.removesuffix(".dequantize")
         for node in model.graph.node
-        if node.op_type == "DequantizeLinear" and node.name.endswith(suffix)
-    ]
+        if node.op_type == "DequantizeLinear" and node.name.endswith(".dequantize")
+    )
+    return [name for name in found if name != "embedding"]
 
 
 def widen_decoder(model: onnx.ModelProto, data: Path) -> onnx.ModelProto:
@@ -188,11 +188,16 @@ class _Lowering:
         return part == "bias" and self.modes.get(linear) == "int8"
 
     def _embedding(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
-        """Rows of an FP16 table are widened after they are read, so that the table stays small."""
-        output = node.output[0]
-        node.output[0] = "embedding.rows"
-        yield node
-        yield _node("Cast", ["embedding.rows"], "embedding.wide", [output], to=_FLOAT)
+        """Rows are widened after they are read, so that the table stays as small as it is stored."""
+        output, ids = node.output[0], node.input[1]
+        quantized = "embedding.dequantize" in self.by_name
+        yield _node("Gather", ["embedding.weight", ids], "embedding.rows", axis=0)
+        wide = ["embedding.codes"] if quantized else [output]
+        yield _node("Cast", ["embedding.rows"], "embedding.wide", wide, to=_FLOAT)
+        if quantized:
+            yield _node("Gather", ["embedding.scale", ids], "embedding.row_scale", axis=0)
+            yield _node("Unsqueeze", ["embedding.row_scale", "last_axis"], "embedding.column")
+            yield _node("Mul", ["embedding.codes", "embedding.column"], "embedding", [output])
 
 
 def _node(
@@ -208,7 +213,8 @@ def _drop_unused(graph: onnx.GraphProto) -> None:
     """Nodes and initializers that no output depends on any more."""
     from onnx import numpy_helper
 
-    graph.initializer.append(numpy_helper.from_array(np.array([0, 0, -1], np.int64), "packed"))
+    for name, values in (("packed", [0, 0, -1]), ("last_axis", [-1])):
+        graph.initializer.append(numpy_helper.from_array(np.array(values, np.int64), name))
     wanted: set[str] = {value.name for value in graph.output}
     kept: list[onnx.NodeProto] = []
     for node in reversed(graph.node):

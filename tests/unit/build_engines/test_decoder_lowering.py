@@ -58,7 +58,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a Llama in int8-weights."""
+    """A folder with a Llama in int8-weights, its embedding table too."""
     folder = tmp_path_factory.mktemp("int8")
     decoder = open_decoder(checkpoint("llama", folder / "checkpoint"))
 
@@ -67,7 +67,13 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
         scale = (np.abs(weight).max(axis=0) / 127).astype(np.float16).astype(np.float32)
         return np.clip(np.rint(weight / scale), -127, 127).astype(np.int8), scale
 
-    sources = {name: lambda name=name: codes(name) for name in decoder.linears()}
+    def table() -> Any:
+        rows, scale = decoder.embedding(), np.float16(0.01)
+        return np.clip(np.rint(rows / scale), -127, 127).astype(np.int8), np.full(
+            VOCABULARY, scale, np.float32
+        )
+
+    sources = {name: lambda name=name: codes(name) for name in decoder.linears()} | {"embedding": table}
     write_decoder(decoder, folder / "model.onnx", precision="int8-weights", quantized=sources)
     return folder
 
