@@ -226,6 +226,35 @@ def random_model(folder: Path, llm: bool) -> None:
         write_random_model(folder)
 
 
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--layers",
+    type=click.IntRange(1, 48),
+    default=48,
+    show_default=True,
+    help="Fewer, for a smaller run.",
+)
+@json_option
+@fail_cleanly
+def flagship(folder: Path, layers: int, as_json: bool) -> None:
+    """Build a random model of EEVE-10.8B's shape to an INT8 engine; print time and memory of each step.
+
+    Needs 45 GB of disk in FOLDER, and keeps there what it made.
+
+    \b
+    Example:
+      build-engines flagship build/flagship
+    """
+    from build_engines.flagship import EEVE, render_steps, run_flagship
+
+    steps = run_flagship(folder, replace(EEVE, layers=layers))
+    if as_json:
+        print_json([step.as_dict() for step in steps])
+    else:
+        wide_console().print(render_steps(steps, folder))
+
+
 def _load(path: Path, build_dir: Path | None) -> Stack:
     from build_engines.stack import load_stack
 

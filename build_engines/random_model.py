@@ -67,18 +67,24 @@ def write_random_model(folder: Path) -> None:
 
 
 def write_random_llm(
-    folder: Path, shape: RandomLlama | None = None, *, progress: Callable[[float], None] | None = None
+    folder: Path,
+    shape: RandomLlama | None = None,
+    *,
+    shard_bytes: int | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> None:
     """Write `folder` as a Hugging Face Llama checkpoint with seeded random weights in BF16.
 
     The tokenizer is the demo LLM's, trained for up to `shape.vocabulary` entries; ids beyond those it finds
     stand for no text. Weights are drawn and written tensor by tensor: memory holds the largest one only. A
-    folder written from the same shape, data and versions is kept. `progress` gets the share done, 0 to 1.
+    folder written from the same shape, data and versions is kept. `shard_bytes`: write files of at most so
+    many bytes of weights, with an index, as hubs do with large models. `progress` gets the share done.
     """
     shape = shape or RandomLlama()
     say = progress or (lambda _fraction: None)
     origin = {
         "shape": asdict(shape),
+        "shard_bytes": shard_bytes,
         "data": sha256(data_file("bundled:conversations:train")),
         "code": sha256(Path(__file__)),
         "versions": versions(("tokenizers", "torch", "transformers")),
@@ -86,7 +92,11 @@ def write_random_llm(
     if not is_current(folder, origin):
         with replaced_folder(folder) as aside:
             _write_llama_files(aside, shape)
-            _write_safetensors(aside / "model.safetensors", list(_llama_tensors(shape)), shape.seed, say)
+            tensors = list(_llama_tensors(shape))
+            if shard_bytes is None:
+                _write_safetensors(aside / "model.safetensors", tensors, shape.seed, say)
+            else:
+                _write_shards(aside, _sharded(tensors, shard_bytes), shape.seed, say)
             write_json(aside / "metrics.json", {"origin": origin})
     say(1.0)
 
@@ -135,6 +145,33 @@ def _llama_tensors(shape: RandomLlama) -> Iterator[Tensor]:
     yield "model.norm.weight", (width,), 0.0
     if not shape.tied:
         yield "lm_head.weight", (shape.vocabulary, width), 0.02
+
+
+def _sharded(tensors: list[Tensor], most: int) -> list[list[Tensor]]:
+    """Tensors in their order, in groups of at most `most` bytes (or of one larger tensor)."""
+    shards: list[list[Tensor]] = []
+    room = 0
+    for tensor in tensors:
+        size = 2 * math.prod(tensor[1])
+        if not shards or size > room:
+            shards.append([])
+            room = most
+        shards[-1].append(tensor)
+        room -= size
+    return shards
+
+
+def _write_shards(folder: Path, shards: list[list[Tensor]], seed: int, say: Callable[[float], None]) -> None:
+    """model-00001-of-N.safetensors and so on, and the index that says which tensor is where."""
+    places: dict[str, str] = {}
+    for i, tensors in enumerate(shards):
+        name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        _write_safetensors(folder / name, tensors, seed, lambda _share: None)
+        places |= {tensor[0]: name for tensor in tensors}
+        say((i + 1) / len(shards))
+    total = sum(2 * math.prod(dims) for tensors in shards for _, dims, _ in tensors)
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    write_json(folder / "model.safetensors.index.json", index)
 
 
 def _write_safetensors(path: Path, tensors: list[Tensor], seed: int, say: Callable[[float], None]) -> None:
