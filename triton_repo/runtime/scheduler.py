@@ -171,9 +171,8 @@ class Scheduler:
                     break
             try:
                 self.step()
-            except Exception as error:  # a fault of ours: what runs is lost, what comes next is served
-                self._end_all("error", EngineFailed(f"the scheduler failed: {error!r}"))
-                self._table = SlotTable(self._engine.slots, self._engine.capacity)
+            except Exception as error:
+                self._start_over(EngineFailed(f"the scheduler failed: {error!r}"))
         self._end_all("cancelled")
 
     @property
@@ -308,9 +307,9 @@ class Scheduler:
     def _end_sample(self, sample: Sample, delta: Delta) -> Delta:
         """Free the slot; the request's last delta gets the usage."""
         job = sample.job
+        self._table.release(sample.slot)
         self._running.remove(sample)
         del job.open[sample.index]
-        self._table.release(sample.slot)
         if job.open:
             return delta
         job.state = "done"
@@ -339,10 +338,21 @@ class Scheduler:
         self._outcomes[outcome] += 1
         self._delivery.post([(job.outbox, delta) for delta in deltas])
 
-    def _end_all(self, reason: str, error: Exception | None = None) -> None:
-        jobs = [sample.job for sample in self._running] + [self._prefilling] + list(self._queue)
-        for job in dict.fromkeys(job for job in jobs if job):
-            self._end(job, reason, error, forget=True)
+    def _end_all(self, reason: str) -> None:
+        for job in [*self._started(), *self._queue]:
+            self._end(job, reason)
+
+    def _start_over(self, error: EngineFailed) -> None:
+        """After a fault of ours: what was started is lost, what waits will be served."""
+        self._table = SlotTable(self._engine.slots, self._engine.capacity)
+        for job in self._started():
+            # Their slots went with the old table.
+            job.open = dict.fromkeys(job.open or (0,))
+            self._end(job, "error", error)
+
+    def _started(self) -> list[Job]:
+        jobs = [sample.job for sample in self._running] + [self._prefilling]
+        return list(dict.fromkeys(job for job in jobs if job))
 
     def _count(self, tokens: int) -> None:
         self._totals["generated"] += tokens

@@ -65,6 +65,22 @@ def test_consumers_that_never_return_hold_up_nobody() -> None:
     delivery.close()
 
 
+def test_who_comes_behind_a_stuck_consumer_in_one_step_is_not_forgotten() -> None:
+    delivery = Delivery()
+    never = threading.Event()
+    # Both threads exist and sleep.
+    for _ in range(2):
+        box = outbox(lambda _: None)
+        delivery.post([(box, Delta(0, usage=USAGE))])
+        assert box.done.wait(5)
+    time.sleep(2 * STALL_S)
+    good = outbox(lambda _: None)
+    delivery.post([(outbox(lambda _: never.wait()), Delta(0)), (good, Delta(0, usage=USAGE))])
+    assert good.done.wait(5)
+    never.set()
+    delivery.close()
+
+
 def test_once_they_are_passed_stuck_consumers_cost_no_time() -> None:
     delivery = Delivery()
     never = threading.Event()
@@ -114,8 +130,8 @@ def test_a_consumer_that_raises_is_left_alone() -> None:
         raise BrokenPipeError
 
     box = outbox(gone, lost)
-    delivery.post([(box, Delta(0, "a"))])
-    delivery.post([(box, Delta(0, "b"))])
+    delivery.post([(box, Delta(0, "a")), (box, Delta(1, "b"))])
+    delivery.post([(box, Delta(2, "c"))])
     delivery.post([(box, Delta(0, "", usage=USAGE))])
     assert box.done.wait(5)
     assert len(calls) == 1

@@ -16,6 +16,7 @@ from triton_repo.runtime.sampling import (
     FloatArray,
     Sampler,
     SamplingParams,
+    _kth_largest,
 )
 from triton_repo.runtime.texts import BadRequest, EngineFailed
 
@@ -79,6 +80,19 @@ def test_scores_are_those_of_transformers(fields: dict[str, float], seed: int) -
     assert np.array_equal(np.isfinite(mine), np.isfinite(expected))
     kept = np.isfinite(expected)
     np.testing.assert_allclose(mine[kept], expected[kept], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 5, 50, 999, 4999])
+def test_the_kth_largest_is_found_among_few(k: int) -> None:
+    """Also where the sample misleads: the largest all where it does not look, or there alone."""
+    scores = logits(9, vocabulary=5000)
+    for case in (scores, np.sort(scores), np.full(5000, 2, np.float32), np.tile(np.sort(scores[:50]), 100)):
+        assert _kth_largest(case, k) == np.sort(case)[-k]
+    spiked = scores.copy()
+    spiked[1::16] += 100
+    spiked[::16] -= 100
+    assert _kth_largest(spiked, k) == np.sort(spiked)[-k]
+    assert _kth_largest(-spiked, k) == np.sort(-spiked)[-k]
 
 
 def test_generated_tokens_are_penalized_too_and_the_logits_left_alone() -> None:

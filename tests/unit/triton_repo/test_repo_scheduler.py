@@ -385,6 +385,27 @@ def test_an_engine_of_the_wrong_shape_does_not_stop_the_loop() -> None:
     scheduler.close()
 
 
+def test_a_fault_of_the_scheduler_costs_what_runs_and_no_slot() -> None:
+    engine = HashEngine(slots=1)
+    scheduler = Scheduler(engine)
+
+    def broken(slot: int) -> None:
+        raise ZeroDivisionError
+
+    scheduler._table.release = broken  # type: ignore[method-assign]
+    first, second = (Asked([2, 3], SamplingParams(max_tokens=3), frozenset()) for _ in range(2))
+    first.submit(scheduler)
+    second.submit(scheduler)
+    scheduler.start()
+    for asked in (first, second):
+        assert asked.handle
+        assert asked.handle.wait(5)
+    assert first.reasons() == {0: "error"}
+    assert "ZeroDivisionError" in str(first.deltas[-1].error)
+    assert second.tokens() == second.alone(24, 32)[0]
+    scheduler.close()
+
+
 def test_a_slot_that_is_full_ends_the_sample() -> None:
     bench = Bench(HashEngine(capacity=8))
     for length in (5, 8):
