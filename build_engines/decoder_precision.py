@@ -24,6 +24,7 @@ from build_engines.decoder_stream import Inputs, Lane, Peak, Stream, Weights, co
 from build_engines.errors import DataError, GateError
 from build_engines.export.decoder import write_decoder
 from build_engines.export.decoder_config import LAYER_LINEARS
+from build_engines.export.decoder_weights import narrowed
 from build_engines.fallback import Modes, find_passing_modes
 from build_engines.gates import Check, GateReport
 from build_engines.perplexity import Reference, Rows, Scorer, Scores, judge, predictions
@@ -230,7 +231,7 @@ class _Run:
                 totals.add(found.clipped, found.gain)
                 dequantize_into(weight, found.codes, found.scale)
             else:
-                weight[...] = half(weight)
+                weight[...] = self._narrowed(weight, "head")
             served.add(stream.logits(states, weight), part.start)
         if quantize:
             self.store.finish("head", scales)
@@ -265,7 +266,12 @@ class _Run:
             if name in quantized:
                 dequantize_into(weights[key], *self.store.read(name))
             else:
-                weights[key] = half(weights[key])
+                weights[key] = self._narrowed(weights[key], name)
+
+    def _narrowed(self, values: FloatArray, name: str) -> FloatArray:
+        """As the graph stores it in FP16; ExportError for what FP16 cannot hold."""
+        place = f"{self.decoder.folder}: {name}"
+        return np.asarray(narrowed(values, np.dtype(np.float16), place), dtype=np.float32)
 
     # --- falling back ---------------------------------------------------------------------------------------
 
@@ -308,7 +314,7 @@ class _Run:
                 codes, scales = self.store.read("head")
                 dequantize_into(weight, codes[:, part], scales[part])
             else:
-                weight[...] = half(weight)
+                weight[...] = self._narrowed(weight, "head")
             scorer.add(stream.logits(states, weight), part.start)
         self.progress(phase, layers, layers)
         return scorer.scores()

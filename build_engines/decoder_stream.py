@@ -36,8 +36,8 @@ _TOKENS_AT_ONCE = 512
 # Columns of the head at a time: 134 MB of weights for a hidden size of 4096.
 HEAD_COLUMNS = 8192
 _EXTREME = "extreme:"
-# What may overflow in FP16: products and sums. Norms and softmax give numbers of order one.
-_GROWING = {"MatMul", "Add", "Mul"}
+# What may overflow in FP16: products, sums and, where their weights are large, norms.
+_GROWING = {"MatMul", "Add", "Mul", "RMSNormalization"}
 
 
 @dataclass(slots=True)

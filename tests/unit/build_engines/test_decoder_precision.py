@@ -140,12 +140,28 @@ def test_another_model_is_not_the_checkpoint(
         check_decoder_parity(other, [np.arange(20)])
 
 
-@pytest.mark.parametrize("precision", ["int8-weights", "fp16", "fp32"])
+@pytest.mark.parametrize(
+    ("family", "precision", "settings"),
+    [
+        ("llama", "int8-weights", {}),
+        ("llama", "fp16", {}),
+        ("llama", "fp32", {}),
+        # A scaled embedding, norms with an offset, softcaps.
+        ("gemma2", "int8-weights", {"embedding": "int8"}),
+        ("gemma2", "fp16", {}),
+    ],
+)
 def test_what_is_judged_is_what_is_written(
-    checkpoints: Callable[[str], Path], rows: list[Any], tmp_path: Path, precision: str
+    checkpoints: Callable[[str], Path],
+    rows: list[Any],
+    tmp_path: Path,
+    family: str,
+    precision: str,
+    settings: dict[str, str],
 ) -> None:
-    decoder, out = open_decoder(checkpoints("llama")), tmp_path / "model.onnx"
-    result = build_decoder_precision(decoder, precision, out, material(rows), quiet)
+    decoder, out = open_decoder(checkpoints(family)), tmp_path / "model.onnx"
+    texts = material(rows, limit=1.0, **settings)
+    result = build_decoder_precision(decoder, precision, out, texts, quiet)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "model.onnx",
         "model.onnx.data",
@@ -215,6 +231,52 @@ def destroyed_by_int8(weights: dict[str, Any]) -> None:
     down = weights["model.layers.1.mlp.down_proj.weight"]
     down[:, 3] = 400.0
     down[:, 7] = -400.0
+
+
+def head_destroyed_by_int8(weights: dict[str, Any]) -> None:
+    """One input of the head is a thousandth of what it was, and its weights a thousand times as large."""
+    weights["model.norm.weight"][5] /= 1000
+    weights["lm_head.weight"][:, 5] *= 1000
+
+
+def test_a_head_that_int8_destroys_returns_to_fp16(
+    checkpoints: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = altered(checkpoints("llama"), tmp_path / "sabotaged", head_destroyed_by_int8)
+    out = tmp_path / "out" / "model.onnx"
+    texts = material(written_by(folder))
+    result = build_decoder_precision(open_decoder(folder), "int8-weights", out, texts, quiet)
+    assert [item["layer"] for item in result["returned"]] == ["head"]
+    assert types(out)["head.weight"] == onnx.TensorProto.FLOAT16
+
+
+def test_weights_that_fp16_rounds_coarsely_show(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    """What leaves FP16's normal range and comes back in the next Linear: the same function in FP32."""
+
+    def small_and_large(weights: dict[str, Any]) -> None:
+        for layer in (0, 1):
+            base = f"model.layers.{layer}"
+            for first, second in (("self_attn.v", "self_attn.o"), ("mlp.up", "mlp.down")):
+                weights[f"{base}.{first}_proj.weight"] *= 1e-5
+                weights[f"{base}.{second}_proj.weight"] /= 1e-5
+
+    folder = altered(checkpoints("llama"), tmp_path / "coarse", small_and_large)
+    out = tmp_path / "out" / "model.onnx"
+    texts = material(written_by(folder), limit=9.0)
+    found = values(build_decoder_precision(open_decoder(folder), "fp16", out, texts, quiet))
+    assert abs(found["perplexity increase"]) > 1e-4
+
+
+def test_weights_beyond_fp16_are_named(
+    checkpoints: Callable[[str], Path], rows: list[Any], tmp_path: Path
+) -> None:
+    def large(weights: dict[str, Any]) -> None:
+        weights["model.layers.0.input_layernorm.weight"] *= 1e5
+
+    folder = altered(checkpoints("llama"), tmp_path / "large", large)
+    out = tmp_path / "out" / "model.onnx"
+    with pytest.raises(ExportError, match=r"layers\.0\.attention\.norm holds .* beyond FP16"):
+        build_decoder_precision(open_decoder(folder), "int8-weights", out, material(rows), quiet)
 
 
 def test_a_linear_that_int8_destroys_returns_to_fp16(
