@@ -250,6 +250,20 @@ def test_a_head_that_int8_destroys_returns_to_fp16(
     assert types(out)["head.weight"] == onnx.TensorProto.FLOAT16
 
 
+def test_both_return_where_both_are_destroyed(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    """One step back is judged with the other Linear still destroyed."""
+
+    def both(weights: dict[str, Any]) -> None:
+        destroyed_by_int8(weights)
+        head_destroyed_by_int8(weights)
+
+    folder = altered(checkpoints("llama"), tmp_path / "sabotaged", both)
+    texts = material(written_by(folder))
+    result = build_decoder_precision(open_decoder(folder), "int8-weights", tmp_path / "m.onnx", texts, quiet)
+    assert {item["layer"] for item in result["returned"]} == {"head", "layers.1.ffn.down"}
+    assert [step["passed"] for step in result["steps"]] == [False, False, True]
+
+
 def test_weights_that_fp16_rounds_coarsely_show(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
     """What leaves FP16's normal range and comes back in the next Linear: the same function in FP32."""
 
