@@ -24,7 +24,7 @@ transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
 SMALL = LlmRecipe(
-    vocabulary=600, hidden=32, ffn=64, layers=2, heads=4, kv_heads=2, length=64, rows=2, steps=6, threads=1
+    vocabulary=600, hidden=32, ffn=64, layers=2, heads=4, kv_heads=2, length=64, rows=2, steps=6, threads=2
 )
 MESSAGES = [
     {"role": "system", "content": "짧게 답하세요."},
@@ -127,6 +127,30 @@ def test_training_lowers_the_loss_of_every_part(folder: Path, tmp_path: Path) ->
     after = safetensors.numpy.load_file(folder / "model.safetensors")
     assert [name for name in before if (before[name] == after[name]).all()] == []
     assert "lm_head.weight" not in after  # one table for embedding and head
+
+
+def test_gradients_of_two_threads_are_those_of_one(tokenizer: Any) -> None:
+    import torch
+
+    model = demo_llm._new_model(SMALL, tokenizer)
+    ids = torch.randint(0, SMALL.vocabulary, (4, 65), generator=torch.Generator().manual_seed(1))
+    batch = torch.stack([ids.float(), torch.where(ids % 3 == 0, 1.0, 0.4)], -1)
+    whole = float(batch[:, 1:, 1].sum())
+    twin = demo_llm._sharing_copy(model)
+    demo_llm._add_gradients(model, batch[:1], whole)
+    demo_llm._add_gradients(twin, batch[1:], whole)
+    demo_llm._collect_gradients([model, twin])
+    shared = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    demo_llm._add_gradients(model, batch, whole)
+    for found, parameter in zip(shared, model.parameters(), strict=True):
+        error = (found - parameter.grad).norm() / parameter.grad.norm()
+        assert error < 0.02  # the multiplications are in BF16
+    # One memory: a step of the model is a step of its copy.
+    with torch.no_grad():
+        model.lm_head.weight.add_(1.0)
+    assert torch.equal(twin.lm_head.weight, model.lm_head.weight)
+    assert all(p.grad is None for p in twin.parameters())
 
 
 def test_a_current_model_is_kept_and_another_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
