@@ -6,6 +6,8 @@ import threading
 import time
 from collections import Counter
 
+import pytest
+
 from triton_repo.runtime.delivery import STALL_S, Delivery, Delta, Outbox, merged
 
 USAGE = {"prompt_tokens": 1.0}
@@ -65,7 +67,9 @@ def test_consumers_that_never_return_hold_up_nobody() -> None:
     delivery.close()
 
 
-def test_who_comes_behind_a_stuck_consumer_in_one_step_is_not_forgotten() -> None:
+@pytest.mark.parametrize("together", [True, False])
+def test_who_comes_behind_a_stuck_consumer_is_not_forgotten(together: bool) -> None:
+    """In the same step or the next one, when nothing follows that would wake anybody."""
     delivery = Delivery()
     never = threading.Event()
     # Both threads exist and sleep.
@@ -75,7 +79,13 @@ def test_who_comes_behind_a_stuck_consumer_in_one_step_is_not_forgotten() -> Non
         assert box.done.wait(5)
     time.sleep(2 * STALL_S)
     good = outbox(lambda _: None)
-    delivery.post([(outbox(lambda _: never.wait()), Delta(0)), (good, Delta(0, usage=USAGE))])
+    batch = [(outbox(lambda _: never.wait()), Delta(0)), (good, Delta(0, usage=USAGE))]
+    if together:
+        delivery.post(batch)
+    else:
+        delivery.post(batch[:1])
+        time.sleep(2 * STALL_S)
+        delivery.post(batch[1:])
     assert good.done.wait(5)
     never.set()
     delivery.close()
