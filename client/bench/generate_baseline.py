@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .generate_data import BenchGenerator, Prompt
+from .generate_data import SMALLEST_NUMBER, BenchGenerator, Prompt
 from .machine import cores
 from .process import Worker
 
@@ -41,7 +41,8 @@ class GenerateBaseline(Worker):
             "kind": "generate",
             "source": str(model.source),
             "precision": precision,
-            "prompts": [prompt.plain() for prompt in prompts],
+            # As long as the served side's, which are numbered too.
+            "prompts": [prompt.distinct(SMALLEST_NUMBER + n).plain() for n, prompt in enumerate(prompts)],
             "new_tokens": new_tokens,
             "batches": BATCHES,
             "seconds": self._seconds,
@@ -52,11 +53,17 @@ class GenerateBaseline(Worker):
         return Speed(result["points"], result["memory_mib"])
 
     def texts(self, model: BenchGenerator, wanted: Sequence[tuple[int, int]]) -> list[list[str]]:
-        """For each pair of tokens and count, that many distinct texts of that many tokens, special ones
-        included."""
+        """For each pair of tokens and count, so many texts of so many tokens once they are made distinct,
+        special tokens included."""
         words = [turn["content"] for prompt in model.prompts[:200] for turn in prompt.messages]
         words += [prompt.text for prompt in model.prompts[:200] if prompt.text]
-        work = {"kind": "texts", "source": str(model.source), "wanted": list(wanted), "words": words}
+        work = {
+            "kind": "texts",
+            "source": str(model.source),
+            "wanted": list(wanted),
+            "words": words,
+            "before": Prompt().distinct(SMALLEST_NUMBER).text,
+        }
         found: list[list[str]] = self.job(work, model.name)["texts"]
         return found
 

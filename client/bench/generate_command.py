@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import BenchError, Overloaded
 from . import machine
 from .generate_baseline import BATCHES, GenerateBaseline, Speed
-from .generate_data import SYNTHETIC_TOKENS, BenchGenerator, Prompt, choose
+from .generate_data import SMALLEST_NUMBER, SYNTHETIC_TOKENS, BenchGenerator, Prompt, choose
 from .generate_load import Streamer, StreamPoint, serialize
 from .generate_probe import (
     ANSWER_TOKENS,
@@ -32,6 +32,7 @@ BACKGROUND = 7
 LONG_PROMPT = 512
 HISTORY = 1000
 BANDWIDTH_S = 1.0
+ARRIVALS = 6  # of an open loop, about, at least
 
 Say = Callable[[str], None]
 
@@ -116,7 +117,7 @@ def workload(model: BenchGenerator, baseline: GenerateBaseline, plan: GeneratePl
     room = model.capacity - plan.new_tokens - 8
     if room < 16:
         raise BenchError(f"a slot of {model.capacity} tokens has no room to measure in", model=model.name)
-    history = min(HISTORY + HISTORY // TURNS, model.capacity - 64)
+    history = min(HISTORY * TURNS // (TURNS - 1), model.capacity - 64)
     # Of each turn, its answer and the template take some tokens too.
     wanted = [(min(LONG_PROMPT, room), 8), (max(4, history // TURNS - ANSWER_TOKENS - 8), TURNS)]
     if plan.prompt_tokens is None and model.prompts:
@@ -171,7 +172,7 @@ class Variant:
         self._model, self._address, self._name = model, address, name
         self._given, self._plan = given, plan
         # Distinct from the requests of an earlier run against the same server, too.
-        self._numbers = itertools.count(int(time.time()) % 10**6 * 100)
+        self._numbers = itertools.count(SMALLEST_NUMBER + int(time.time()) % 800_000 * 100)
 
     def measure(self) -> Served:
         """Every point of the plan; BenchError when a request fails."""
@@ -236,9 +237,11 @@ class Variant:
         return idle, busy, streams, pause
 
     async def _open(self, streamer: Streamer, rate: float) -> StreamPoint:
-        times = arrivals(rate, self._plan.seconds) or [0.0]
+        # Long enough for a few requests, were the model slow.
+        seconds = min(max(self._plan.seconds, ARRIVALS / rate), ARRIVALS * self._plan.seconds)
+        times = arrivals(rate, seconds) or [0.0]
         payloads = self._payloads(self._given.pool, self._given.new_tokens)
-        return await streamer.open_loop(payloads, times, self._rejects)
+        return await streamer.open_loop(payloads, times, rate, self._rejects)
 
     def _payloads(self, prompts: Sequence[Prompt], new_tokens: int) -> Iterator[bytes]:
         for prompt in itertools.cycle(prompts):

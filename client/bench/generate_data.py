@@ -13,6 +13,7 @@ from ..errors import BenchError
 from .summary import REBUILD, field_of, is_text, is_text_map, read_json
 
 SYNTHETIC_TOKENS = 128
+SMALLEST_NUMBER = 10_000_000  # so that the numbers that make prompts distinct are all of one length
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +131,12 @@ def _prompt(record: dict[str, Any]) -> Prompt:
 
 def choose(prompts: Sequence[Prompt], count: int, seed: int = 0) -> list[Prompt]:
     """`count` prompts of middle length, so that a few of them are like any others; shuffled alike in every
-    run, repeated when there are fewer, each distinct."""
+    run, repeated when there are fewer."""
     ordered = sorted(prompts, key=_length)
     start = max(0, (len(ordered) - count) // 2)
     chosen = ordered[start : start + count]
     random.Random(seed).shuffle(chosen)
-    return [chosen[place % len(chosen)].distinct(place) for place in range(count)]
+    return [chosen[place % len(chosen)] for place in range(count)]
 
 
 def _length(prompt: Prompt) -> int:

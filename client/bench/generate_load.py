@@ -225,9 +225,11 @@ class Streamer:
         self,
         payloads: Iterator[bytes],
         times: Sequence[float],
+        rate: float,
         is_rejection: Callable[[Exception], bool] = never,
     ) -> StreamPoint:
-        """A request at each of `times` (seconds from now); first tokens count from the intended times."""
+        """A request at each of `times` (seconds from now), `rate` per second of them; first tokens count from
+        the intended times."""
         done: list[Timed] = []
         rejected = 0
         start = time.perf_counter()
@@ -250,8 +252,7 @@ class Streamer:
                 tasks.create_task(one(start + at, next(payloads)))
         read = [timed.read() for timed in done]
         last = max((timed.last for timed in read), default=start)
-        offered = len(times) / max(times[-1], 1e-9)
-        return point(read, start, last, rejected=rejected, offered=offered)
+        return point(read, start, last, rejected=rejected, offered=rate)
 
     async def steady(self, payloads: Sequence[bytes]) -> float | None:
         """Tokens per second while all of these streams decode: from the last one's first token to the first

@@ -114,18 +114,20 @@ class Batches:
 
 
 def _texts(job: dict[str, Any]) -> dict[str, Any]:
-    """For each of `wanted`, count texts of so many tokens, or of as many below as the words allow."""
+    """For each of `wanted`, count texts that have so many tokens behind `before`, or as near below as can be."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(job["source"])
     words = sorted(set(" ".join([*job["words"], SOME_WORDS]).split()))
     costs = {word: len(tokenizer(f" {word}", add_special_tokens=False)["input_ids"]) for word in words}
+
+    def measure(text: str) -> int:
+        return len(tokenizer(job["before"] + text)["input_ids"])
+
+    draw = random.Random(0)
     return {
         "texts": [
-            _text_of(
-                job["tokens"], costs, lambda text: len(tokenizer(text)["input_ids"]), random.Random(seed)
-            )
-            for seed in range(job["count"])
+            [_text_of(tokens, costs, measure, draw) for _ in range(count)] for tokens, count in job["wanted"]
         ]
     }
 

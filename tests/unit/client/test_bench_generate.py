@@ -86,9 +86,10 @@ def test_a_wrong_line_is_named(tmp_path: Path, line: str) -> None:
 def test_prompts_of_a_run_are_of_middle_length_and_begin_differently() -> None:
     prompts = [Prompt(text="x" * size) for size in range(1, 31)]
     chosen = choose(prompts, 10)
-    assert sorted(len(prompt.text.partition(". ")[2]) for prompt in chosen) == list(range(11, 21))
+    assert sorted(len(prompt.text) for prompt in chosen) == list(range(11, 21))
     assert chosen == choose(prompts, 10)
-    assert len({prompt.text.partition(".")[0] for prompt in choose(prompts[:3], 9)}) == 9
+    assert len(choose(prompts[:3], 9)) == 9
+    assert Prompt(text="t").distinct(5).text == "5. t"
     system = ({"role": "system", "content": "s"}, {"role": "user", "content": "u"})
     assert Prompt(messages=system).distinct(5).messages[0] == {"role": "system", "content": "5. s"}
 
@@ -222,6 +223,32 @@ def test_texts_have_the_number_of_tokens_asked_for() -> None:
         for seed in range(5):
             text = generate_worker._text_of(tokens, costs, measure, random.Random(seed))
             assert measure(text) == tokens
+
+
+def test_the_baseline_generates_and_its_texts_fit(tmp_path: Path) -> None:
+    """The worker's jobs on a tiny random Llama, in this process."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"<unk>": 0, **{word: n + 1 for n, word in enumerate(["10000000", ".", "good", "soup", "cold"])}}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    made.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    made.save_pretrained(tmp_path)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=8, eos_token_id=1, bos_token_id=None, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    wanted = [(7, 2), (20, 1)]
+    job = {"kind": "texts", "source": str(tmp_path), "wanted": wanted, "words": ["good soup"]}
+    found = generate_worker.run({**job, "before": "10000000. "})["texts"]
+    assert [[len(text.split()) for text in texts] for texts in found] == [[5, 5], [18]]
+    chat = [{"role": "user", "content": "cold soup"}]
+    job = {"kind": "generate", "source": str(tmp_path), "precision": "fp32", "batches": [1, 2], "threads": 1}
+    job |= {"prompts": [[chat, ""], [[], "good good soup"]], "new_tokens": 4, "seconds": 0.01, "limit": 60}
+    result = generate_worker.run(job)
+    assert [*result["points"]] == ["1", "2"]
+    assert all(point["tokens_per_s"] > 0 < point["first_token_ms"] for point in result["points"].values())
+    assert [*generate_worker.run({**job, "limit": 0})["points"]] == ["1"]  # the limit is over: one is enough
 
 
 def test_weights_of_a_step_are_those_it_reads_whole(tmp_path: Path) -> None:
