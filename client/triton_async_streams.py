@@ -93,6 +93,10 @@ class Grpc(_Stream):
             stub = service_pb2_grpc.GRPCInferenceServiceStub(self._opened())
             self._call = stub.ModelStreamInfer(iter([wire.stream_message(self._request)]))
         response = await self._call.read()
+        while response is not grpc.aio.EOF and response.error_message:
+            # As in the blocking transport: a call that is about to end is not to be cancelled.
+            if await self._call.read() is grpc.aio.EOF:
+                break
         return None if response is grpc.aio.EOF else wire.stream_reply(self._request, response)
 
     async def close(self) -> None:

@@ -66,6 +66,10 @@ class Grpc:
         self._watch.begin(self._timeout)
         try:
             response = next(self._call)
+            if response.error_message:
+                # The call is about to end. Cancelled in that moment, Triton 2.51 may keep its request for ever.
+                for _ in self._call:
+                    pass
             self._watch.end()
             return wire.stream_reply(self._request, response)
         except StopIteration:

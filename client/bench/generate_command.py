@@ -32,6 +32,7 @@ BACKGROUND = 7
 LONG_PROMPT = 512
 HISTORY = 1000
 BANDWIDTH_S = 1.0
+STEADY_S = 0.5
 ARRIVALS = 6  # of an open loop, about, at least
 
 Say = Callable[[str], None]
@@ -117,9 +118,9 @@ def workload(model: BenchGenerator, baseline: GenerateBaseline, plan: GeneratePl
     room = model.capacity - plan.new_tokens - 8
     if room < 16:
         raise BenchError(f"a slot of {model.capacity} tokens has no room to measure in", model=model.name)
-    history = min(HISTORY * TURNS // (TURNS - 1), model.capacity - 64)
-    # Of each turn, its answer and the template take some tokens too.
-    wanted = [(min(LONG_PROMPT, room), 8), (max(4, history // TURNS - ANSWER_TOKENS - 8), TURNS)]
+    # The messages alone make the history; answers and the template come on top, where there is room.
+    message = min(HISTORY // (TURNS - 1), (model.capacity - 64) // TURNS - ANSWER_TOKENS - 8)
+    wanted = [(min(LONG_PROMPT, room), 8), (max(12, message), TURNS)]
     if plan.prompt_tokens is None and model.prompts:
         long, turns = baseline.texts(model, wanted)
         pool, source = choose(model.prompts, plan.pool), "evaluation conversations of middle length"
@@ -202,12 +203,8 @@ class Variant:
             peak = max(found.tokens_per_s for found in closed.values()) / given.new_tokens
             opened = {percent: await self._open(streamer, peak * percent / 100) for percent in plan.rates}
             counts = [count for count in CONCURRENCIES if count <= self._model.slots]
-            room = max(1, self._model.capacity - self._longest(closed) - given.new_tokens)
             steady = await steady_rates(
-                streamer,
-                self._payloads(given.pool, min(given.new_tokens + room, 2 * given.new_tokens)),
-                counts,
-                plan.repeats,
+                streamer, self._payloads(given.pool, self._lasting(closed)), counts, plan.repeats
             )
             idle, busy, streams, pause = await self._probes(streamer)
             conversation = await conversations(
@@ -250,9 +247,11 @@ class Variant:
     def _rejects(self, error: Exception) -> bool:
         return isinstance(grpc_failure(error, self._address, self._name), Overloaded)
 
-    @staticmethod
-    def _longest(closed: dict[int, StreamPoint]) -> int:
-        return int(max(found.prompt_tokens_max for found in closed.values()))
+    def _lasting(self, closed: dict[int, StreamPoint]) -> int:
+        """Tokens of streams that last a while, as far as a slot has room behind the longest prompt."""
+        room = self._model.capacity - max(found.prompt_tokens_max for found in closed.values()) - 8
+        wanted = max(2 * self._given.new_tokens, int(closed[1].tokens_per_s * STEADY_S))
+        return max(2, min(room, wanted))
 
 
 def bound(

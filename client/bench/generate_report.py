@@ -108,7 +108,8 @@ def _times(axes: Any, model: dict[str, Any]) -> None:
         ):
             values = [max(point[key], 1e-2) for point in points.values()]
             axes.plot(counts, values, style, marker="o", ms=3, color=color, label=f"{precision} {label}")
-    axes.set_yscale("log")
+    axes.set_yscale("log", base=4)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()

@@ -114,7 +114,7 @@ class Batches:
 
 
 def _texts(job: dict[str, Any]) -> dict[str, Any]:
-    """For each of `wanted`, count texts that have so many tokens behind `before`, or as near below as can be."""
+    """For each of `wanted`, count texts with so many tokens behind `before`, or as near below as can be."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(job["source"])

@@ -18,7 +18,7 @@ from client import BenchError
 from client.bench import generate_command, generate_data, generate_probe, generate_worker, table
 from client.bench.generate_baseline import Speed
 from client.bench.generate_data import Prompt, choose, read_generators
-from client.bench.generate_load import StreamPoint, Timed, point, serialize
+from client.bench.generate_load import Streamer, StreamPoint, Timed, point, serialize
 from client.bench.report import render
 from client.bench.summary import read_summary
 
@@ -133,6 +133,22 @@ def test_a_piece_without_a_token_is_no_first_token() -> None:
     assert late.first_s == 0.5
     assert [(round(gap, 3), count) for gap, count, _ in late.gaps(0, 9)] == [(0.4, 2)]
     assert timed(0.0, (0.1, 0)).first_s is None
+
+
+def test_the_steady_rate_is_of_the_time_when_all_streams_decode() -> None:
+    streams = [
+        timed(0.0, (0.1, 1), (0.5, 5), (1.0, 5), (1.5, 5)),  # the first to end
+        timed(0.0, (0.4, 1), (1.2, 4), (1.5, 2), (2.0, 9)),  # the last to begin
+    ]
+
+    class Fixed(Streamer):
+        async def run(self, payload: bytes, given: Timed | None = None) -> Timed:
+            return streams[int(payload)]
+
+    rate = asyncio.run(Fixed("").steady([b"0", b"1"]))
+    assert rate == pytest.approx((5 + 5 + 5 + 4 + 2) / 1.1)
+    streams[0] = timed(0.0, (0.1, 1), (0.3, 1))  # ended before the other began
+    assert asyncio.run(Fixed("").steady([b"0", b"1"])) is None
 
 
 def test_requests_are_greedy_and_go_past_the_end() -> None:
