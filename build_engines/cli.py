@@ -218,7 +218,7 @@ def random_model(folder: Path, llm: bool) -> None:
     """Write a BERT-base-sized embedder with random weights, for measuring what a larger engine gains.
 
     \b
-    Examples:
+    Example:
       build-engines random-model build/bert-base/models/encoder
       build-engines random-model --llm build/llama-189m/models/llama
     """
