@@ -67,7 +67,7 @@ class Grpc:
         try:
             response = next(self._call)
             if response.error_message:
-                # The call is about to end. Cancelled in that moment, Triton 2.51 may keep its request for ever.
+                # The call is about to end. If it is cancelled just then, Triton 2.51 may never release it.
                 for _ in self._call:
                     pass
             self._watch.end()
