@@ -1,4 +1,4 @@
-"""One real tritonserver for the session, serving small random encoders of every task."""
+"""Real tritonservers for the session: small random encoders of every task; a small LLM beside an encoder."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_llm import POSITIONS, build_llm, write_llm
 from small_models import Served, build_engine, write_checkpoint
 
 from build_engines.errors import ServerError
@@ -65,6 +66,37 @@ TEXTS = (
 )
 GROUPS = '{"query": "noodles", "passages": ["the noodles were good", "never again"], "relevance": [1, 0]}\n'
 
+TALK = f"""
+name = "talk"
+card = "rtx-5070-ti"
+
+[models.talk]
+task = "generate"
+source = "./llama"
+precisions = ["fp32"]
+slots = 4
+max_length = {POSITIONS}
+prefill_chunk = 64
+evaluation = "talks.jsonl"
+
+[models.tight]
+task = "generate"
+source = "./llama"
+precisions = ["fp32"]
+slots = 1
+max_length = 2048
+prefill_chunk = 64
+[models.tight.queue]
+max_size = 1
+timeout_ms = 300
+
+[models.vector]
+task = "embed"
+source = "./vector"
+precisions = ["fp32"]
+max_length = 64
+"""
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _needs_a_server(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -112,3 +144,25 @@ def one_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_engine(checkpoint, engines / "vector" / "fp32" / "onnxruntime", model="vector", task="embed")
     write_repository(load_stack(folder / "one.toml", build_dir=folder), engines, folder / "repository")
     return folder / "repository"
+
+
+@pytest.fixture(scope="session")
+def talking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server of two LLMs (one with a single slot and a short queue) and an encoder, in one repository."""
+    folder = tmp_path_factory.mktemp("talk")
+    (folder / "talk.toml").write_text(TALK)
+    (folder / "talks.jsonl").write_text('{"messages": [{"role": "user", "content": "안녕"}]}\n')
+    stack = load_stack(folder / "talk.toml", build_dir=folder)
+    write_llm(folder / "llama", seed=1)
+    write_checkpoint(folder / "vector", "embed", seed=1)
+    engines = {}
+    for name, model in stack.models.items():
+        out = folder / "engines" / name / "fp32" / "onnxruntime"
+        if model.task == "generate":
+            sizes = {"slots": model.slots, "capacity": model.max_length, "chunk": model.prefill_chunk}
+            engines[name] = build_llm(folder / "llama", out, model=name, **sizes)
+        else:
+            engines[name] = build_engine(folder / "vector", out, model=name, task=model.task)
+    write_repository(stack, folder / "engines", folder / "repository")
+    with Server(folder / "repository", ServerOptions(free_ports=True)) as server:
+        yield Served(server, folder, engines)

@@ -1,0 +1,251 @@
+"""A tiny Llama with random weights, its engine, and calls to it as any client would make them."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from tritonclient.grpc import InferInput, InferResult, service_pb2, service_pb2_grpc
+from tritonclient.utils import triton_to_np_dtype
+
+from triton_repo.generators import INPUTS
+from triton_repo.runtime.session import manifest_digest, sha256
+
+VOCABULARY, HIDDEN, LAYERS, FFN, HEADS, KV_HEADS, HEAD = 420, 64, 2, 96, 4, 2, 16
+POSITIONS = 8192
+SPECIAL = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+CORPUS = ["국수가 정말 맛있어요", "the noodles were good", "배송이 느려요 👩‍🍳", "  spaces  and\nlines "]
+
+
+def write_llm(folder: Path, *, seed: int) -> Path:
+    """A Hugging Face folder: config.json, model.safetensors, tokenizer.json, tokenizer_config.json."""
+    from safetensors.numpy import save_file
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    folder.mkdir(parents=True)
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "intermediate_size": FFN,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "max_position_embeddings": POSITIONS,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(_weights(seed), str(folder / "model.safetensors"))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "chat_template": TEMPLATE}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def build_llm(checkpoint: Path, folder: Path, *, model: str, **serving: int) -> Path:
+    """Export, lower and leave the FP32 graph as a finished engine folder, as the build does."""
+    import onnx
+
+    from build_engines.export import copy_chat_tokenizer, decoder_serving, open_decoder, write_decoder
+    from build_engines.targets.decoder_lowering import lower_decoder, widen_decoder
+
+    folder.mkdir(parents=True)
+    decoder = open_decoder(checkpoint)
+    write_decoder(decoder, folder / "engine.onnx", precision="fp32")
+    graph = onnx.load(str(folder / "engine.onnx"), load_external_data=False)
+    onnx.save(lower_decoder(widen_decoder(graph, folder), {}), str(folder / "engine.onnx"))
+    copy_chat_tokenizer(checkpoint, folder)
+
+    def record(path: Path) -> dict[str, Any]:
+        return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+    files = {path.name: record(path) for path in sorted(folder.iterdir())}
+    manifest: dict[str, Any] = {
+        "format": 1,
+        "model": model,
+        "task": "generate",
+        "precision": "fp32",
+        "target": "onnxruntime",
+        "engine": {"file": "engine.onnx", **files.pop("engine.onnx")},
+        "files": files,
+        "serving": decoder_serving(decoder, "fp32") | serving,
+    }
+    manifest["digest"] = manifest_digest(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+class Refused(Exception):
+    """The server's error message."""
+
+
+class Talk:
+    """Calls over gRPC: `stream` yields each response's outputs, `whole` the only one of a request without."""
+
+    def __init__(self, address: str, model: str = "talk") -> None:
+        self.model = model
+        self._channel = grpc.insecure_channel(address)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def call(self, *, request_id: str = "", parameters: dict[str, int] | None = None, **inputs: Any) -> Any:
+        """The gRPC call itself: iterate over it, or `cancel` it."""
+        message = service_pb2.ModelInferRequest(model_name=self.model, id=request_id)
+        for name, value in (parameters or {}).items():
+            message.parameters[name].int64_param = value
+        for name, value in inputs.items():
+            made = tensor(name, value)
+            message.inputs.append(made._get_tensor())
+            message.raw_input_contents.append(made._get_content())
+        return self._stub.ModelStreamInfer(iter([message]), timeout=60)
+
+    def stream(self, **inputs: Any) -> Iterator[dict[str, Any]]:
+        """Read to the end also behind a failure: a call that is dropped there is a call cancelled."""
+        failure = None
+        for response in self.call(**inputs):
+            try:
+                yield outputs(response)
+            except Refused as error:
+                failure = error
+        if failure:
+            raise failure
+
+    def whole(self, **inputs: Any) -> dict[str, Any]:
+        (answer,) = self.stream(stream=False, **inputs)
+        return answer
+
+    def text(self, **inputs: Any) -> str:
+        """The one sample of a stream, joined."""
+        return "".join(answer["text"][0] for answer in self.stream(**inputs))
+
+    def error(self, **inputs: Any) -> str:
+        """The message of a request that fails; Triton's streams carry no code beside it."""
+        try:
+            for _ in self.stream(**inputs):
+                pass
+        except Refused as error:
+            return str(error)
+        raise AssertionError("the request was answered")
+
+
+def tensor(name: str, value: Any) -> InferInput:
+    kinds = {spec.name: "BYTES" if spec.data_type == "STRING" else spec.data_type for spec in INPUTS}
+    kind = kinds.get(name, "INT32")
+    if name == "messages" and not isinstance(value, bytes):
+        value = json.dumps(value, ensure_ascii=False)
+    values = value if isinstance(value, list) else [value]
+    if kind == "BYTES":
+        values = [entry.encode() if isinstance(entry, str) else entry for entry in values]
+    array = np.array(values, dtype=object if kind == "BYTES" else triton_to_np_dtype(kind))
+    made = InferInput(name, list(array.shape), kind)
+    made.set_data_from_numpy(array)
+    return made
+
+
+def outputs(response: Any) -> dict[str, Any]:
+    """A response's tensors as lists of Python values; the usage as an object, None while there is none."""
+    if response.error_message:
+        raise Refused(response.error_message)
+    result = InferResult(response.infer_response)
+    found = {output.name: result.as_numpy(output.name).tolist() for output in response.infer_response.outputs}
+    for name in ("text", "finish_reason", "usage"):
+        found[name] = [value.decode() for value in found[name]]
+    found["usage"] = json.loads(found["usage"][0] or "null")
+    return found
+
+
+def post(address: str, path: str, body: Any) -> tuple[int, str]:
+    """Status and body of a POST of JSON."""
+    request = urllib.request.Request(f"http://{address}{path}", json.dumps(body).encode())
+    request.add_header("Content-Type", "application/json")
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def metrics(address: str, model: str) -> dict[str, float]:
+    """onecard_llm_* of a model, without that prefix; with the outcome behind the name where there is one."""
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    found = {}
+    for line in lines:
+        if line.startswith("onecard_llm_") and f'model="{model}"' in line:
+            labels, _, value = line.rpartition(" ")
+            name, _, rest = labels.removeprefix("onecard_llm_").partition("{")
+            outcome = rest.partition('outcome="')[2].partition('"')[0]
+            found[f"{name} {outcome}".strip()] = float(value)
+    return found
+
+
+def quiet(address: str, model: str) -> dict[str, float]:
+    """The metrics once nothing runs; they are up to half a second old."""
+    deadline, since = time.monotonic() + 20, time.monotonic()
+    found = metrics(address, model)
+    while time.monotonic() - since < 0.8:
+        assert time.monotonic() < deadline, f"still busy: {found}"
+        time.sleep(0.1)
+        last, found = found, metrics(address, model)
+        # The rate is an average over some seconds, which go by without a request too.
+        if any(last[name] != found[name] for name in found if name != "tokens_per_second"):
+            since = time.monotonic()
+        if found["slots_active"] or found["queue"]:
+            since = time.monotonic()
+    return found
+
+
+def _weights(seed: int) -> dict[str, Any]:
+    random = np.random.default_rng(seed)
+
+    def weight(*shape: int, scale: float = 0.3) -> Any:
+        return random.normal(0, scale, shape).astype(np.float32)
+
+    tensors = {
+        "model.embed_tokens.weight": weight(VOCABULARY, HIDDEN, scale=1.0),
+        "lm_head.weight": weight(VOCABULARY, HIDDEN),
+        "model.norm.weight": np.ones(HIDDEN, np.float32),
+    }
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}."
+        tensors |= {
+            f"{prefix}self_attn.q_proj.weight": weight(HEADS * HEAD, HIDDEN),
+            f"{prefix}self_attn.k_proj.weight": weight(KV_HEADS * HEAD, HIDDEN),
+            f"{prefix}self_attn.v_proj.weight": weight(KV_HEADS * HEAD, HIDDEN),
+            f"{prefix}self_attn.o_proj.weight": weight(HIDDEN, HEADS * HEAD),
+            f"{prefix}mlp.gate_proj.weight": weight(FFN, HIDDEN),
+            f"{prefix}mlp.up_proj.weight": weight(FFN, HIDDEN),
+            f"{prefix}mlp.down_proj.weight": weight(HIDDEN, FFN),
+            f"{prefix}input_layernorm.weight": np.ones(HIDDEN, np.float32),
+            f"{prefix}post_attention_layernorm.weight": np.ones(HIDDEN, np.float32),
+        }
+    return tensors
