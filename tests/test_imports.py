@@ -58,6 +58,7 @@ LAYERS: list[dict[str, tuple[str, ...]]] = [
     },
     {"precision": ("precision", "decoder_precision", "decoder_kernels")},
     {"pipeline": ("pipeline",)},
+    {"flagship": ("flagship",)},
     {"cli": ("cli",)},
 ]
 # What may be imported across packages, by prefix of the importing module; the longest prefix counts.
