@@ -68,7 +68,10 @@ def _requirements(repository: Path, targets: list[str]) -> list[str]:
         versions = manifest.get("versions")
         if isinstance(versions, dict):
             pinned |= {str(name).replace("_", "-"): str(version) for name, version in versions.items()}
-    names = ["tokenizers", *[_ENGINE_LIBRARY[target] for target in targets]]
+    # Chat templates are Jinja's.
+    generates = any(manifest.get("task") == "generate" for manifest in _manifests(repository))
+    names = ["tokenizers", *(["jinja2"] if generates else [])]
+    names += [_ENGINE_LIBRARY[target] for target in targets]
     return [_requirement(name, pinned.get(name)) for name in names]
 
 

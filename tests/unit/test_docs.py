@@ -21,6 +21,7 @@ import client.errors
 import triton_repo.cli
 from build_engines.stack import Model, load_stack
 from client.codec import SIGNATURES
+from triton_repo import generators
 from triton_repo.encoders import encoder_spec
 
 ROOT = Path(__file__).parents[2]
@@ -206,7 +207,11 @@ def test_python_examples_import_and_call_what_exists(page: Path) -> None:
 def test_curl_examples_send_what_the_models_take(page: Path) -> None:
     for body in fenced(page, "sh"):
         for document in re.findall(r"-d '(\{.*?\})'", body, re.DOTALL):
-            names = tuple(tensor["name"] for tensor in json.loads(document)["inputs"])
+            sent = json.loads(document)
+            if "inputs" not in sent:  # Triton's generate extension: every key is an input
+                assert set(sent) <= {tensor.name for tensor in generators.INPUTS}
+                continue
+            names = tuple(tensor["name"] for tensor in sent["inputs"])
             assert names in {signature.inputs for signature in SIGNATURES.values()}
 
 
@@ -253,6 +258,19 @@ def test_the_tensor_table_is_what_models_are_served_with() -> None:
                 assert tensor.dims == sizes[shape[tensor.name]]
                 kind = "BYTES" if tensor.data_type == "STRING" else tensor.data_type
                 expected.add((f"{task}, {way}", tensor.name, kind, shape[tensor.name]))
+    assert documented == expected
+
+
+def test_the_tables_of_generating_models_name_every_tensor_and_its_type() -> None:
+    tensors = (*generators.INPUTS, *generators.OUTPUTS)
+    expected = {
+        (tensor.name, "BYTES" if tensor.data_type == "STRING" else tensor.data_type) for tensor in tensors
+    }
+    documented = set()
+    for name, kinds, _, _ in table_rows(ROOT / "docs" / "serving.md", 4):
+        named = _INLINE.findall(name)
+        if named and name[:1] == "`":
+            documented |= set(zip(named, kinds.split(", "), strict=True))
     assert documented == expected
 
 

@@ -18,8 +18,10 @@ from build_engines.errors import ArtifactError, RepositoryError
 from build_engines.stack import Model, Queue, Stack, load_stack
 from triton_repo import writer
 from triton_repo.config_pbtxt import ConfigSpec, parse, render, to_message
+from triton_repo.container import docker_command
 from triton_repo.generators import INPUTS, generator_spec, warmup_files
 from triton_repo.runtime import fingerprint
+from triton_repo.server import ServerOptions
 from triton_repo.writer import write_repository
 
 SERVING = {"slots": 4, "capacity": 96, "chunk": 32, "positions": 128}
@@ -139,6 +141,11 @@ def test_the_summary_tells_the_client_what_is_served(stack: Stack, tmp_path: Pat
         "capacity": 96,
         "chunk": 32,
     }
+
+
+def test_the_container_gets_what_chat_templates_need(stack: Stack, tmp_path: Path) -> None:
+    out = write_repository(stack, tmp_path / "engines", tmp_path / "repository")
+    assert "jinja2==" in docker_command(out, ServerOptions())[-1]
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,9 @@ def test_the_server_does_not_inherit_thread_settings(monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def repository(tmp_path: Path, engine_folder: Callable[..., Path]) -> Path:
-    model = '[models.m]\ntask = "embed"\nsource = "./m"\nprecisions = ["int8"]\n'
+    model = (
+        '[models.m]\ntask = "embed"\nsource = "./m"\nprecisions = ["int8"]\nmax_batch = 4\nmax_length = 16\n'
+    )
     (tmp_path / "s.toml").write_text(f'name = "s"\ncard = "rtx-5070-ti"\n{model}')
     engine_folder(tmp_path / "engines", "m", "int8", "embed")
     return write_repository(load_stack(tmp_path / "s.toml"), tmp_path / "engines", tmp_path / "repository")
