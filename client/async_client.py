@@ -219,10 +219,11 @@ class AsyncClient:
             return await self._transport.infer(request, timeout)
         replies = self._transport.stream(request, timeout)
         try:
-            async for reply in replies:
-                return reply
+            found = [reply async for reply in replies]
         finally:
             await replies.close()
+        if found:
+            return found[0]
         raise UnexpectedAnswer("the stream ended without an answer")
 
     async def _infer_all(self, requests: tuple[InferRequest, ...], deadline: float) -> list[InferReply]:

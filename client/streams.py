@@ -121,6 +121,8 @@ class Stream(_Pieces):
     def _receive(self) -> None:
         try:
             self._take(next(self._replies))
+            while self._assembly.finished:  # to the call's own end: see ReplyStream.close
+                self._take(next(self._replies))
         except StopIteration:
             self._exhausted()
         except ClientError as error:
@@ -148,12 +150,12 @@ class Single:
             raise Cancelled("another prompt of the list failed")
         self._replies = self._transport.stream(self._request, timeout)
         try:
-            if not self._closed:  # it may have been while the stream was opened
-                return next(self._replies)
-        except StopIteration:
-            pass
+            # Closed while the stream was opened, it is not waited for; else to its own end.
+            replies: list[InferReply] = [] if self._closed else [*self._replies]
         finally:
             self._replies.close()
+        if replies:
+            return replies[0]
         if self._closed:
             raise Cancelled("another prompt of the list failed")
         raise UnexpectedAnswer("the stream ended without an answer")
@@ -213,6 +215,8 @@ class AsyncStream(_Pieces):
             if self._replies is None:
                 self._request, self._replies = await self._start()
             self._take(await anext(self._replies))
+            while self._assembly.finished:
+                self._take(await anext(self._replies))
         except StopAsyncIteration:
             self._exhausted()
         except ClientError as error:

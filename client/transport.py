@@ -27,7 +27,11 @@ class ReplyStream(Protocol):
     def __next__(self) -> InferReply: ...
 
     def close(self) -> None:
-        """End it, at the server too; from any thread. A wait in another thread then ends as at its end."""
+        """End it, at the server too; from any thread. A wait in another thread then ends as at its end.
+
+        A stream whose last response has come is better read to its end: a call that is cancelled in that
+        moment Triton 2.51 may never release.
+        """
 
 
 class AsyncReplyStream(Protocol):

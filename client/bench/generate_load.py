@@ -41,8 +41,6 @@ class Timed:
 
         for raw in self.raw:
             response = service_pb2.ModelStreamInferResponse.FromString(raw)
-            if response.error_message:
-                raise BenchError(f"a stream failed: {response.error_message}")
             result = InferResult(response.infer_response)
             self.tokens.append(int(result.as_numpy("token_counts").sum()))
             self.text += b"".join(result.as_numpy("text")).decode("utf-8", "replace")
@@ -198,6 +196,8 @@ class Streamer:
                 timed.raw.append(raw)
         finally:
             call.cancel()
+        if timed.raw:
+            raise_failure(timed.raw[-1])
         return timed
 
     async def closed_loop(
@@ -270,6 +270,16 @@ class Streamer:
             if begin < at <= end
         )
         return tokens / (end - begin)
+
+
+def raise_failure(raw: bytes) -> None:
+    """Raise tritonclient's exception when the response is a failure's text: it is a stream's last."""
+    from tritonclient.grpc import service_pb2
+    from tritonclient.utils import InferenceServerException
+
+    message = service_pb2.ModelStreamInferResponse.FromString(raw).error_message
+    if message:
+        raise InferenceServerException(msg=message, status="400")
 
 
 async def gathered(tasks: Iterable[asyncio.Task[Timed]]) -> list[Timed]:

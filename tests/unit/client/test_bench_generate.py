@@ -12,13 +12,14 @@ import fake_llm
 import pytest
 from rich.console import Console
 from tritonclient.grpc import service_pb2
-from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype, serialize_byte_tensor
 
-from client import BenchError
+from client import BenchError, QueueFull
 from client.bench import generate_command, generate_data, generate_probe, generate_worker, table
 from client.bench.generate_baseline import Speed
 from client.bench.generate_data import Prompt, choose, read_generators
-from client.bench.generate_load import Streamer, StreamPoint, Timed, point, serialize
+from client.bench.generate_load import Streamer, StreamPoint, Timed, point, raise_failure, serialize
+from client.bench.loadgen import grpc_failure
 from client.bench.report import render
 from client.bench.summary import read_summary
 
@@ -126,6 +127,14 @@ def test_figures_are_of_the_window_and_per_token() -> None:
     assert (found.prompt_tokens_mean, found.prompt_tokens_max) == (100, 100)
     with pytest.raises(BenchError, match="no stream was answered"):
         point([b], 1.0, 2.0)
+
+
+def test_a_failure_in_a_stream_is_raised() -> None:
+    raise_failure(response("x", 1))
+    failed = service_pb2.ModelStreamInferResponse(error_message="the queue is full: 9 requests")
+    with pytest.raises(InferenceServerException, match="queue is full") as caught:
+        raise_failure(failed.SerializeToString())
+    assert isinstance(grpc_failure(caught.value, "a:1", "m"), QueueFull)  # a rejection, to the load
 
 
 def test_a_piece_without_a_token_is_no_first_token() -> None:
