@@ -225,7 +225,7 @@ class _Watch:
             ) as error:  # the next look may succeed; without this thread none would be cancelled
                 self._log.log_error(f"watching requests failed: {type(error).__name__}")
                 continue
-            if not changed and not self._open:
+            if not (changed or self._open or self._closing.is_set()):
                 self._awake.wait()
 
     def _next(self) -> list[_Exchange]:
