@@ -101,14 +101,17 @@ def build(
       build-engines build stacks/demo.toml --model sentiment --target onnxruntime
     """
     from build_engines.pipeline import build_stack
-    from build_engines.plan import plan_stack, require_fit
+    from build_engines.plan import plan_stack, require_fit, resolve_open
 
-    loaded = _load(stack, build_dir)
-    _check_names("model", models, list(loaded.models))
-    _check_names("target", targets, list(loaded.targets))
-    if models:  # then the others need not be fetched, not even to plan
-        loaded = replace(loaded, models={name: loaded.models[name] for name in models})
+    whole = _load(stack, build_dir)
+    _check_names("model", models, list(whole.models))
+    _check_names("target", targets, list(whole.targets))
+    names = models or tuple(whole.models)
+    loaded = _only(whole, names)  # the others need not be fetched, not even to plan
     _fetch(loaded, offline=offline)
+    if any(model.is_open for model in loaded.models.values()):
+        # How many slots there are depends on what else is on the card.
+        loaded = _only(resolve_open(whole), names)
     require_fit(plan_stack(loaded))
     with StageLines() as lines:
         engines = build_stack(loaded, lines, targets=targets or None)
@@ -263,6 +266,10 @@ def _load(path: Path, build_dir: Path | None) -> Stack:
     from build_engines.stack import load_stack
 
     return load_stack(path, build_dir=build_dir)
+
+
+def _only(stack: Stack, names: tuple[str, ...]) -> Stack:
+    return replace(stack, models={name: stack.models[name] for name in names})
 
 
 def _fetch(stack: Stack, *, offline: bool) -> None:

@@ -86,13 +86,12 @@ def file_record(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
-def folder_digests(folder: Path, suffixes: Iterable[str], *, without: Path | None = None) -> dict[str, str]:
-    """SHA-256 of every file under `folder`, less those under `without`, with one of `suffixes`, by name."""
+def folder_files(folder: Path, suffixes: Iterable[str], *, without: Path | None = None) -> list[Path]:
+    """Every file under `folder`, less those under `without`, with one of `suffixes`, in order."""
     wanted = tuple(suffixes)
     paths = (path for path in sorted(folder.rglob("*")) if path.name.endswith(wanted) and path.is_file())
     left_out = without.absolute() if without else None
-    files = [path for path in paths if left_out is None or not path.absolute().is_relative_to(left_out)]
-    return {str(path.relative_to(folder)): sha256(path) for path in files}
+    return [path for path in paths if left_out is None or not path.absolute().is_relative_to(left_out)]
 
 
 def code_digest(*packages: str) -> str:
@@ -167,7 +166,7 @@ __all__ = [
     "code_digest",
     "digest_of",
     "file_record",
-    "folder_digests",
+    "folder_files",
     "read_engine_manifest",
     "run_stage",
     "write_manifest",

@@ -188,11 +188,7 @@ def resolve_open(stack: Stack) -> Stack:
 
 
 def _open_models(stack: Stack) -> list[Model]:
-    return [
-        model
-        for model in stack.models.values()
-        if model.task == "generate" and not (model.slots and model.max_length)
-    ]
+    return [model for model in stack.models.values() if model.is_open]
 
 
 def _settle(stack: Stack, shapes: dict[str, Shape]) -> Stack:

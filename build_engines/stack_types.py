@@ -204,6 +204,11 @@ class Model:
     head: TableType = "int8"
 
     @property
+    def is_open(self) -> bool:
+        """Whether an LLM's slots or length are still to be chosen."""
+        return self.task == "generate" and not (self.slots and self.max_length)
+
+    @property
     def variants(self) -> dict[Precision, str]:
         """Precision to Triton model name: the first precision answers to the plain name."""
         first, *others = self.precisions

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from build_engines.errors import ArtifactError, FetchError
-from build_engines.manifest import StageRun, folder_digests, run_stage
+from build_engines.manifest import StageRun, folder_files, run_stage
 from build_engines.stack import DataRef, Model, Stack
 from build_engines.targets import Target
 from calibration.samples import data_file
@@ -46,6 +46,7 @@ class ModelBuild(ABC):
         self.reporter = reporter
         self.source = stack.checkpoint_dir(model)
         self.work = stack.build_dir / "work" / model.name
+        self._seen: dict[Path, tuple[int, ...]] = {}
 
     @abstractmethod
     def engines(self, targets: Sequence[Target]) -> list[BuiltEngine]:
@@ -62,15 +63,22 @@ class ModelBuild(ABC):
                 if from_hub
                 else f"correct [models.{self.model.name}] source; make demo trains the demo's models",
             )
-        return self._checkpoint_digests()
+        self._seen = self._checkpoint_files()  # before they are read
+        return {str(path.relative_to(self.source)): sha256(path) for path in self._seen}
 
-    def _checkpoint_digests(self) -> dict[str, str]:
+    def _checkpoint_files(self) -> dict[Path, tuple[int, ...]]:
+        """Every file that decides the model, and what the file system says changes with it."""
         # A stack file that lies in its checkpoint's folder builds inside that folder.
-        return folder_digests(self.source, _CHECKPOINT_FILES, without=self.stack.build_dir)
+        paths = folder_files(self.source, _CHECKPOINT_FILES, without=self.stack.build_dir)
+        states = ((path, path.stat()) for path in paths)
+        return {path: (s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in states}
 
     def require_unchanged(self) -> None:
-        """What was just read must be what the record will say was read."""
-        if self._checkpoint_digests() != self.source_digests:
+        """What was just read must be what the record will say was read.
+
+        Twenty gigabytes are not hashed again: a file that was written to has another time of change.
+        """
+        if self._checkpoint_files() != self._seen:
             raise ArtifactError(
                 f"{self.source} changed while the model {self.model.name!r} was being built from it",
                 next_step="run the build again when the checkpoint is complete",

@@ -22,7 +22,7 @@ from build_engines.manifest import (
     RECORD,
     code_digest,
     digest_of,
-    folder_digests,
+    folder_files,
     read_engine_manifest,
     run_stage,
     write_manifest,
@@ -303,15 +303,15 @@ def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path, name: str) -> No
 # --- digests ---
 
 
-def test_digests_follow_content_and_names(tmp_path: Path) -> None:
+def test_the_files_that_decide_a_model(tmp_path: Path) -> None:
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "1_Pooling" / "config.json").write_text("{}")
     (tmp_path / "README.md").write_text("words")
-    found = folder_digests(tmp_path, (".json", ".safetensors"))
-    assert set(found) == {"config.json", "1_Pooling/config.json"}
-    (tmp_path / "1_Pooling" / "config.json").write_text("{ }")
-    assert folder_digests(tmp_path, (".json",)) != found
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "stage.json").write_text("{}")
+    found = folder_files(tmp_path, (".json", ".safetensors"), without=tmp_path / "build")
+    assert found == [tmp_path / "1_Pooling" / "config.json", tmp_path / "config.json"]
 
 
 def test_canonical_digests() -> None:
