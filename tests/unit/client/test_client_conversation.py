@@ -103,6 +103,10 @@ def test_an_interrupt_stops_the_answer_and_keeps_what_came(
     assert server.streams[0].closed
     talk.answer("more")
     assert [turn["content"] for turn in sent(server)[-1]] == ["hello", "".join(WORDS[:2]), "more"]
+    server.scripts.append([KeyboardInterrupt()])
+    talk.answer("stopped before anything came")
+    talk.answer("again")
+    assert "stopped before anything came" not in [turn["content"] for turn in sent(server)[-1]]
 
 
 def test_a_message_that_failed_is_forgotten(server: Any) -> None:
