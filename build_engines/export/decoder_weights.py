@@ -6,7 +6,9 @@ pass through in blocks of rows, read from files that are mapped, not loaded.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,14 +51,22 @@ class Decoder:
         k, n = self.architecture.linear_shape(name)
         start, stop, _ = columns.indices(n)
         out = np.empty((k, max(stop - start, 0)), np.float32)
-        first, step = 0, max(1, _BLOCK // k)
+        step, first = max(1, _BLOCK // k), 0
+        parts: list[tuple[str, int, int, int]] = []  # tensor, its rows [low, high), where they go
         for tensor in self._tensors(name, "weight"):
             rows = self.checkpoint.shape(tensor)[0]
             end = min(stop - first, rows)
             for low in range(max(start - first, 0), end, step):
-                high = min(low + step, end)
-                _transpose(self._rows(tensor, low, high), out[:, first + low - start : first + high - start])
+                parts.append((tensor, low, min(low + step, end), first + low - start))
             first += rows
+
+        def read(part: tuple[str, int, int, int]) -> None:
+            tensor, low, high, place = part
+            _transpose(self._rows(tensor, low, high), out[:, place : place + high - low])
+
+        # Reading, widening and transposing let other threads run.
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(read, parts))
         return out
 
     def bias(self, name: str) -> FloatArray | None:

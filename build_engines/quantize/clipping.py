@@ -16,7 +16,9 @@ Scales are rounded to FP16, which is what the graph stores, before any code is c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,10 +82,10 @@ def clip_weight(weight: FloatArray, rows: FloatArray, moments: FloatArray | None
         raise QuantizeError("the Linear's inputs are not finite on the calibration texts")
     codes = np.empty((inputs, outputs), dtype=np.int8)
     scale = np.empty(outputs, dtype=np.float32)
-    totals, weighed = _Totals(), _Inputs.of(moments)
-    rows = np.ascontiguousarray(rows, dtype=np.float32)
-    for part in _blocks(inputs, outputs):
-        block = np.ascontiguousarray(weight[:, part])
+    weighed, rows = _Inputs.of(moments), np.ascontiguousarray(rows, dtype=np.float32)
+
+    def quantize(part: slice) -> _Totals:
+        block, totals = np.ascontiguousarray(weight[:, part]), _Totals()
         largest = np.maximum(block.max(axis=0), -block.min(axis=0))
         if not np.isfinite(largest).all():
             raise QuantizeError("a weight is not finite: the checkpoint is damaged")
@@ -92,6 +94,11 @@ def clip_weight(weight: FloatArray, rows: FloatArray, moments: FloatArray | None
         _keep_better(block, plain, chosen, rows, totals)
         codes[:, part] = _encode(block, chosen)
         scale[part] = chosen
+        return totals
+
+    # numpy lets other threads run while it computes, and blocks of channels are independent.
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        totals = _Totals.joined(pool.map(quantize, _blocks(inputs, outputs)))
     return ClippedWeight(codes, scale, totals.clipped, totals.gain)
 
 
@@ -139,6 +146,15 @@ class _Totals:
     clipped: int = 0
     plain: float = 0.0
     chosen: float = 0.0
+
+    @classmethod
+    def joined(cls, parts: Iterable[_Totals]) -> _Totals:
+        whole = cls()
+        for part in parts:
+            whole.clipped += part.clipped
+            whole.plain += part.plain
+            whole.chosen += part.chosen
+        return whole
 
     @property
     def gain(self) -> float:
