@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from small_llm import POSITIONS, build_llm, write_llm
+from small_llm import POSITIONS, Silent, write_llm
 from small_models import Served, build_engine, write_checkpoint
 
 from build_engines.errors import ServerError
+from build_engines.pipeline import build_stack
 from build_engines.stack import load_stack
 from triton_repo.installation import find_installation
 from triton_repo.server import Server, ServerOptions
@@ -78,6 +80,7 @@ slots = 4
 max_length = {POSITIONS}
 prefill_chunk = 64
 evaluation = "talks.jsonl"
+calibration = {{ data = "talks.jsonl" }}
 
 [models.tight]
 task = "generate"
@@ -86,6 +89,8 @@ precisions = ["fp32"]
 slots = 1
 max_length = 2048
 prefill_chunk = 64
+evaluation = "talks.jsonl"
+calibration = {{ data = "talks.jsonl" }}
 [models.tight.queue]
 max_size = 1
 timeout_ms = 300
@@ -96,6 +101,10 @@ source = "./vector"
 precisions = ["fp32"]
 max_length = 64
 """
+TALKS = "".join(
+    json.dumps({"messages": [{"role": "user", "content": f"{number} " + "the noodles " * 20}]}) + "\n"
+    for number in range(4)
+)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -151,18 +160,14 @@ def talking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server of two LLMs (one with a single slot and a short queue) and an encoder, in one repository."""
     folder = tmp_path_factory.mktemp("talk")
     (folder / "talk.toml").write_text(TALK)
-    (folder / "talks.jsonl").write_text('{"messages": [{"role": "user", "content": "안녕"}]}\n')
+    (folder / "talks.jsonl").write_text(TALKS)
     stack = load_stack(folder / "talk.toml", build_dir=folder)
     write_llm(folder / "llama", seed=1)
     write_checkpoint(folder / "vector", "embed", seed=1)
-    engines = {}
-    for name, model in stack.models.items():
-        out = folder / "engines" / name / "fp32" / "onnxruntime"
-        if model.task == "generate":
-            sizes = {"slots": model.slots, "capacity": model.max_length, "chunk": model.prefill_chunk}
-            engines[name] = build_llm(folder / "llama", out, model=name, **sizes)
-        else:
-            engines[name] = build_engine(folder / "vector", out, model=name, task=model.task)
+    out = folder / "engines" / "vector" / "fp32" / "onnxruntime"
+    engines = {"vector": build_engine(folder / "vector", out, model="vector", task="embed")}
+    built = build_stack(stack, Silent(), models=["talk", "tight"], targets=["onnxruntime"])
+    engines |= {engine.manifest["model"]: engine.folder for engine in built}
     write_repository(stack, folder / "engines", folder / "repository")
     with Server(folder / "repository", ServerOptions(free_ports=True)) as server:
         yield Served(server, folder, engines)

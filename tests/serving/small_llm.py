@@ -1,4 +1,4 @@
-"""A tiny Llama with random weights, its engine, and calls to it as any client would make them."""
+"""A tiny Llama with random weights, and calls to it as any client would make them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from tritonclient.grpc import InferInput, InferResult, service_pb2, service_pb2_
 from tritonclient.utils import triton_to_np_dtype
 
 from triton_repo.generators import INPUTS
-from triton_repo.runtime.session import manifest_digest, sha256
 
 VOCABULARY, HIDDEN, LAYERS, FFN, HEADS, KV_HEADS, HEAD = 420, 64, 2, 96, 4, 2, 16
 POSITIONS = 8192
@@ -69,37 +68,12 @@ def write_llm(folder: Path, *, seed: int) -> Path:
     return folder
 
 
-def build_llm(checkpoint: Path, folder: Path, *, model: str, **serving: int) -> Path:
-    """Export, lower and leave the FP32 graph as a finished engine folder, as the build does."""
-    import onnx
+class Silent:
+    """A build that nobody watches."""
 
-    from build_engines.export import copy_chat_tokenizer, decoder_serving, open_decoder, write_decoder
-    from build_engines.targets.decoder_lowering import lower_decoder, widen_decoder
-
-    folder.mkdir(parents=True)
-    decoder = open_decoder(checkpoint)
-    write_decoder(decoder, folder / "engine.onnx", precision="fp32")
-    graph = onnx.load(str(folder / "engine.onnx"), load_external_data=False)
-    onnx.save(lower_decoder(widen_decoder(graph, folder), {}), str(folder / "engine.onnx"))
-    copy_chat_tokenizer(checkpoint, folder)
-
-    def record(path: Path) -> dict[str, Any]:
-        return {"bytes": path.stat().st_size, "sha256": sha256(path)}
-
-    files = {path.name: record(path) for path in sorted(folder.iterdir())}
-    manifest: dict[str, Any] = {
-        "format": 1,
-        "model": model,
-        "task": "generate",
-        "precision": "fp32",
-        "target": "onnxruntime",
-        "engine": {"file": "engine.onnx", **files.pop("engine.onnx")},
-        "files": files,
-        "serving": decoder_serving(decoder, "fp32") | serving,
-    }
-    manifest["digest"] = manifest_digest(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
+    def start(self, model: str, stage: str) -> None: ...
+    def progress(self, phase: str, done: int, total: int) -> None: ...
+    def finish(self, run: Any, detail: str) -> None: ...
 
 
 class Refused(Exception):
