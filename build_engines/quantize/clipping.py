@@ -75,6 +75,8 @@ def clip_weight(weight: FloatArray, rows: FloatArray, moments: FloatArray | None
     Raises:
         QuantizeError: a weight or an input is not finite.
     """
+    from threadpoolctl import threadpool_limits
+
     inputs, outputs = weight.shape
     if moments is None:
         moments = np.square(rows, dtype=np.float32).mean(axis=0)
@@ -96,8 +98,9 @@ def clip_weight(weight: FloatArray, rows: FloatArray, moments: FloatArray | None
         scale[part] = chosen
         return totals
 
-    # numpy lets other threads run while it computes, and blocks of channels are independent.
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    # numpy lets other threads run while it computes, and blocks of channels are independent. Matrix products
+    # that start threads of their own would fight with these: with both, two cores are slower than one.
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         totals = _Totals.joined(pool.map(quantize, _blocks(inputs, outputs)))
     return ClippedWeight(codes, scale, totals.clipped, totals.gain)
 
