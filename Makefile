@@ -51,7 +51,8 @@ bench-llm: setup ## measure a random Llama of 189 M parameters against Transform
 	@$(BIN)/build-engines build stacks/llama-189m.toml
 	@$(BIN)/build-engines measure stacks/llama-189m.toml
 	@$(BIN)/triton-repo write stacks/llama-189m.toml
-	@$(BIN)/triton-repo serve stacks/llama-189m.toml --free-ports -- $(BIN)/client bench --output build/llama-189m
+	@$(BIN)/triton-repo serve stacks/llama-189m.toml --free-ports -- \
+	  $(BIN)/client bench --prompt-tokens 128 --new-tokens 48 --output build/llama-189m
 
 flagship: setup ## a random EEVE-shaped 10.8 B model to an INT8 TensorRT-RTX engine (45 GB of disk)
 	@$(BIN)/build-engines flagship build/flagship
