@@ -176,7 +176,7 @@ class DecoderBuild(ModelBuild):
             found = engine_nll(engine, reference.rows)
             return judge(reference.scores, found, self.model.gates)
 
-        sample = max(self.texts.calibration, key=len)
+        sample = max(self.texts.calibration or self.texts.evaluation, key=len)
         return Material(serving, judged, sample.tolist())
 
     @cached_property
