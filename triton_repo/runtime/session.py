@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy.typing as npt
 
+from triton_repo.runtime.huge_pages import collapse_heap
+
 MANIFEST_FORMAT = 1
 _CPU_INFO = Path("/proc/cpuinfo")
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -100,7 +102,9 @@ def open_engine(folder: Path, threads: int | None = None) -> Engine:
         raise EngineRefused(
             f"{folder}: built for target {manifest['target']!r}; this runtime serves 'onnxruntime' engines"
         )
-    return Engine(manifest, onnx_session(folder / manifest["engine"]["file"], threads))
+    session = onnx_session(folder / manifest["engine"]["file"], threads)
+    collapse_heap()
+    return Engine(manifest, session)
 
 
 def onnx_session(
