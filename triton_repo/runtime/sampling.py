@@ -24,6 +24,7 @@ MAX_STOP_CHARACTERS = 256
 MAX_STOP_IDS = 64
 _INT64 = 1 << 63
 _STRIDE = 16
+_FLOAT = np.finfo(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,7 @@ class Sampler:
         self._params = params
         self._greedy = params.temperature == 0
         self._temperature = np.float32(params.temperature)
+        self._penalty = np.float32(min(max(params.repetition_penalty, float(_FLOAT.tiny)), float(_FLOAT.max)))
         self._seen: npt.NDArray[np.bool_] | None = None
         if params.repetition_penalty != 1.0:
             self._seen = np.zeros(vocabulary, dtype=np.bool_)
@@ -126,7 +128,7 @@ class Sampler:
             token = int(scores.argmax())
             # argmax answers with the first NaN where there is one.
             if not math.isfinite(scores[token]):
-                raise EngineFailed("the engine answered with logits that are no numbers")
+                raise EngineFailed("the engine failed: its logits are no numbers")
         else:
             ids, scores = self._shortlist(scores)
             cumulated = np.cumsum(_weights(scores))
@@ -154,16 +156,18 @@ class Sampler:
             return logits
         ids = np.flatnonzero(self._seen)
         values = logits[ids]
-        penalty = np.float32(self._params.repetition_penalty)
+        with np.errstate(over="ignore"):
+            changed = np.where(values < 0, values * self._penalty, values / self._penalty)
+        # An extreme penalty leads to float32's end, not beyond: only the engine gives what is no number.
         scores = logits.copy()
-        scores[ids] = np.where(values < 0, values * penalty, values / penalty)
+        scores[ids] = np.where(np.isfinite(values), changed.clip(_FLOAT.min, _FLOAT.max), changed)
         return scores
 
     def _shortlist(self, scores: FloatArray) -> tuple[IntArray | None, FloatArray]:
         """Ids that can be drawn (None: all of them) and the score of each, divided by the temperature."""
         top = scores.max()
         if not math.isfinite(top):
-            raise EngineFailed("the engine answered with logits that are no numbers")
+            raise EngineFailed("the engine failed: its logits are no numbers")
         params = self._params
         ids: IntArray | None = None
         if 0 < params.top_k < len(scores):

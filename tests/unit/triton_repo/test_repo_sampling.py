@@ -176,12 +176,25 @@ def test_extreme_temperatures(temperature: float) -> None:
     assert drawn == {int(scores.argmax())} if temperature < 1 else len(drawn) > 30
 
 
+@pytest.mark.parametrize("penalty", [1e-320, 1e-45, 1e-39, 3e38, 1e300])
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_extreme_penalties(penalty: float, temperature: float) -> None:
+    """The smallest choose what was there before, the largest what was not."""
+    scores = logits(2)
+    seen = np.argsort(scores)[-2:].tolist()
+    params = SamplingParams(temperature=temperature, repetition_penalty=penalty, seed=3)
+    drawn = {Sampler(params, seen, VOCABULARY).sample(scores)[0] for _ in range(9)}
+    assert drawn <= set(seen) if penalty < 1 else not drawn & set(seen)
+    everywhere = Sampler(params, range(VOCABULARY), VOCABULARY)
+    assert 0 <= everywhere.sample(scores)[0] < VOCABULARY
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("fields", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3, "top_p": 0.5}])
 def test_logits_that_are_no_numbers_are_no_answer(value: float, fields: dict[str, Any]) -> None:
     scores = logits(1)
     scores[17] = value
-    with pytest.raises(EngineFailed, match="no numbers"):
+    with pytest.raises(EngineFailed, match=r"^the engine failed: .* no numbers"):
         Sampler(SamplingParams(**fields), [], VOCABULARY).sample(scores)
 
 
