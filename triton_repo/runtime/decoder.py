@@ -76,6 +76,8 @@ class DecoderEngine:
         self._rows = list(range(self.slots))  # slot -> row
         self._used = [0] * self.slots  # tokens that a slot's row holds
         self._steps: dict[tuple[int, int], _Step] = {}
+        # One for all steps: one for each set of rows would be half a gigabyte (16 slots, 150,000 tokens).
+        self._logits = np.empty((self.slots, 1, self.vocabulary), np.float32)
 
     @classmethod
     def open(cls, folder: Path, threads: int | None = None) -> DecoderEngine:
@@ -168,7 +170,7 @@ class DecoderEngine:
     def _bound(self, first: int, size: int) -> _Step:
         tokens = np.zeros((size, 1), np.int64)
         lengths = np.zeros(size, np.int64)
-        logits = np.empty((size, 1, self.vocabulary), np.float32)
+        logits = self._logits[:size]
         inputs = {
             "input_ids": tokens,
             "past_lengths": lengths,

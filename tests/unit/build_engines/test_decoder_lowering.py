@@ -138,6 +138,17 @@ def test_rows_of_different_lengths_decode_together_and_swap_places(source: Path)
             np.testing.assert_allclose(found[row], typed_logits(source, texts[slot])[-1], atol=1e-4)
 
 
+def test_every_step_answers_into_one_array(source: Path) -> None:
+    lowered = engine(source)
+    for slot in range(4):
+        lowered.prefill(slot, tokens(3, slot), 0)
+    sets = [list(range(first, last)) for last in range(1, 5) for first in range(last)]
+    whole = lowered.decode(range(4), [5] * 4, [3] * 4)
+    for slots in sets:
+        found = lowered.decode(slots, [5] * len(slots), [3] * len(slots))
+        assert np.shares_memory(found, whole), slots
+
+
 def test_a_copied_prefix_continues_as_the_original_and_leaves_it_alone(source: Path) -> None:
     lowered = engine(source)
     text = tokens(24, 4)
