@@ -112,13 +112,12 @@ class _Exchange:
 
     def send(self, answer: Mapping[str, Any] | Exception, final: bool) -> None:
         """Send one response, the request's last one if `final`; nothing more is sent behind that."""
-        response = self._response(answer)
         with self._lock:
             sender = self._sender
             if sender is None:
                 return
             try:
-                sender.send(response, flags=self._flag(final))
+                sender.send(self._response(answer), flags=self._flag(final))
             except Exception:
                 # No room in shared memory, most likely. The request ends here: whoever delivers is told.
                 final = True

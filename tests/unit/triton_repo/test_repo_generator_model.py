@@ -170,6 +170,20 @@ def test_a_response_that_cannot_be_sent_ends_the_request(loaded: Loaded) -> None
     assert len(request.sender.sent) == 1
 
 
+def test_a_response_that_cannot_be_made_ends_the_request(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(name: str, value: Any) -> Any:
+        raise RuntimeError("no room")
+
+    request, handle = loaded.running()
+    monkeypatch.setattr(loaded.triton, "Tensor", full)
+    with pytest.raises(RuntimeError, match="no room"):
+        handle.on_delta(Delta(0, "a", (1,)))
+    assert request.sender.sent == [(None, 1)]
+    assert not loaded.model._watch._open
+
+
 def metrics(loaded: Loaded) -> dict[str, float]:
     return {
         name.removeprefix("onecard_llm_") + (f" {outcome}" if outcome else ""): metric.value
