@@ -293,7 +293,7 @@ class Scheduler:
             except Exception as error:  # of this sequence alone: logits that are no numbers
                 ours = EngineFailed(f"the next token could not be chosen: {error!r}")
                 failure = error if isinstance(error, EngineFailed) else ours
-                self._delivery.post(batch)
+                self._deliver(batch)
                 batch = []
                 self._end(job, "error", failure, forget=True)
                 continue
@@ -301,6 +301,10 @@ class Scheduler:
             if delta.finish_reason:
                 delta = self._end_sample(sample, delta)
             batch.append((job.outbox, delta))
+        self._deliver(batch)
+
+    def _deliver(self, batch: list[tuple[Outbox, Delta]]) -> None:
+        """Post deltas of one token each, and count those."""
         self._delivery.post(batch)
         self._count(len(batch))
 

@@ -366,6 +366,21 @@ def test_logits_that_are_no_numbers_fail_one_sequence(value: float, temperature:
     assert good.tokens() == good.alone(24, 32)[0]
 
 
+def test_tokens_that_came_beside_a_failure_are_counted() -> None:
+    class Failing(HashEngine):
+        def decode(self, *arguments: Any) -> Any:
+            logits = super().decode(*arguments)
+            logits[1:] = np.nan
+            return logits
+
+    bench = Bench(Failing())
+    good, bad = (bench.ask([2, token], max_tokens=6, stop=frozenset()) for token in (3, 4))
+    while bench.scheduler.step():
+        pass
+    assert (good.reasons(), bad.reasons()) == ({0: "length"}, {0: "error"})
+    assert bench.scheduler.snapshot()["generated_tokens_total"] == len(good.tokens()) + len(bad.tokens())
+
+
 def test_an_engine_of_the_wrong_shape_does_not_stop_the_loop() -> None:
     class Short(HashEngine):
         def decode(self, *arguments: Any) -> Any:
