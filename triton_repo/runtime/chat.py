@@ -102,7 +102,7 @@ def _message(entry: Any, where: str) -> dict[str, str]:
             raise BadRequest(f"{where} has no '{name}'")
     unknown = [str(name) for name in entry if name not in ("role", "content")]
     if unknown:
-        raise BadRequest(f"{where} has the unknown field {unknown[0]!r}; known are 'role' and 'content'")
+        raise BadRequest(f"{where} has the unknown field {unknown[0]!r:.60}; known are 'role' and 'content'")
     role, content = entry["role"], entry["content"]
     if role not in ROLES:
         raise BadRequest(f"{where} has the unknown role {role!r:.40}; known are {', '.join(ROLES)}")

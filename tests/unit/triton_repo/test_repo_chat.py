@@ -257,7 +257,8 @@ def test_bad_messages_are_named(value: Any, message: str) -> None:
         read_messages(value)
 
 
-def test_a_refusal_does_not_repeat_a_long_text() -> None:
+@pytest.mark.parametrize("wrong", [{"role": "x" * 10_000}, {"x" * 10_000: "a"}])
+def test_a_refusal_does_not_repeat_a_long_text(wrong: dict[str, str]) -> None:
     with pytest.raises(BadRequest) as refusal:
-        read_messages([{"role": "x" * 10_000, "content": "a"}])
+        read_messages([{"role": "user", "content": "a"} | wrong])
     assert len(str(refusal.value)) < 200
