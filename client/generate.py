@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict
@@ -17,6 +16,7 @@ from .types import Delta, Generation, Sample, Usage
 OUTPUTS = ("text", "index", "token_ids", "token_counts", "logprobs", "finish_reason", "usage")
 ROLES = ("system", "user", "assistant")
 INT32, INT64 = 2**31 - 1, 2**63 - 1
+FLOAT32 = float(np.finfo(np.float32).max)
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -101,7 +101,7 @@ def _message(message: object, place: int) -> dict[str, str]:
     missing = [key for key in ("role", "content") if key not in message]
     if unknown or missing:
         raise InvalidInput(
-            f"{where} has an unknown field {unknown[0]!r}" if unknown else f"{where} has no {missing[0]}"
+            f"{where} has an unknown field {unknown[0]!r:.60}" if unknown else f"{where} has no {missing[0]}"
         )
     if message["role"] not in ROLES:
         raise InvalidInput(f"{where} has role {message['role']!r}; known: {', '.join(ROLES)}")
@@ -137,15 +137,15 @@ def _whole(low: int, high: int) -> Callable[[str, Any], list[int]]:
     return check
 
 
-def _real(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str, Any], list[float]]:
+def _real(low: float, high: float = FLOAT32, *, above: bool = False) -> Callable[[str, Any], list[float]]:
     """`above`: the lowest value itself is refused."""
 
     def check(name: str, value: Any) -> list[float]:
         number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or not low <= value <= high or (above and value <= low):
+        if not number or not low <= value <= high or (above and value <= low):
             bounds = f"above {low:g}" if above else f"of at least {low:g}"
-            bounds += "" if math.isinf(high) else f" and at most {high:g}"
-            raise InvalidInput(f"{name} must be a number {bounds}, not {value!r}")
+            bounds += "" if high == FLOAT32 else f" and at most {high:g}"
+            raise InvalidInput(f"{name} must be a number {bounds}, not {value!r:.40}")
         return [float(value)]
 
     return check

@@ -151,6 +151,8 @@ def test_every_parameter_is_a_tensor_of_its_type(call: Any, server: Any) -> None
         ({"temperature": float("inf")}, "temperature .* not inf"),
         ({"temperature": -0.1}, r"temperature .* not -0\.1"),
         ({"temperature": "hot"}, "temperature .* not 'hot'"),
+        ({"temperature": 1e39}, r"temperature .* not 1e\+39"),
+        ({"repetition_penalty": 10**400}, "repetition_penalty .* not 10000"),
         ({"top_k": -1}, "top_k must be a whole number from 0 up, not -1"),
         ({"top_p": 0}, "top_p must be a number above 0 and at most 1, not 0"),
         ({"top_p": 1.01}, "top_p"),
