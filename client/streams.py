@@ -126,8 +126,14 @@ class Stream(_Pieces):
         except StopIteration:
             self._exhausted()
         except ClientError as error:
+            if self._assembly.finished:  # the answer is whole, whatever became of the call behind it
+                self._ended = True
+                return
             self._clock.sleep(self._wait_after(error))
-            self._replies = self._connect()
+            if not self._closed:
+                self._replies = self._connect()
+            if self._closed:  # by another thread, meanwhile
+                self._replies.close()
 
 
 class Single:
@@ -214,11 +220,16 @@ class AsyncStream(_Pieces):
         try:
             if self._replies is None:
                 self._request, self._replies = await self._start()
+                if self._closed:  # by another task, meanwhile
+                    await self._replies.close()
             self._take(await anext(self._replies))
             while self._assembly.finished:
                 self._take(await anext(self._replies))
         except StopAsyncIteration:
             self._exhausted()
         except ClientError as error:
+            if self._assembly.finished:
+                self._ended = True
+                return
             self._replies = None
             await self._clock.sleep_async(self._wait_after(error))

@@ -316,6 +316,54 @@ def test_another_thread_may_end_a_stream(transport: Any, clock: Any) -> None:
         assert [*stream] == []
 
 
+def test_a_failure_behind_the_whole_answer_is_none(call: Any, server: Any) -> None:
+    whole = fake_llm.responses(type("R", (), {"inputs": {"stream": [True]}})())
+    server.scripts.append([*whole, ConnectionLost("the connection broke")])
+    pieces, stream = call("stream", "a")
+    assert "".join(piece.text for piece in pieces) == TEXT
+    assert stream.generation.usage
+    assert len(server.streams) == 1
+
+
+def test_a_stream_closed_before_its_next_attempt_is_not_sent_again(
+    transport: Any, clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport.configs["writer"] = fake_llm.config("writer")
+    transport.scripts.append([QueueFull("full")])
+    with Client(transport=transport, clock=clock) as client:
+        stream = client.stream("a")
+        monkeypatch.setattr(clock, "sleep", lambda seconds: stream.close())
+        assert [*stream] == []
+    assert len(transport.streams) == 1
+
+
+def test_a_stream_closed_before_its_request_left_does_not_run(
+    async_transport: Any, clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async_transport.configs["writer"] = fake_llm.config("writer")
+    answer = async_transport.ask
+
+    async def leave() -> None:
+        resolving, closed = asyncio.Event(), asyncio.Event()
+
+        async def ask(question: str, model: str, timeout: float) -> Any:
+            resolving.set()
+            await closed.wait()
+            return await answer(question, model, timeout)
+
+        monkeypatch.setattr(async_transport, "ask", ask)
+        async with AsyncClient(transport=async_transport, clock=clock) as client:
+            stream = client.stream("a")
+            reading = asyncio.create_task(stream.result())
+            await resolving.wait()
+            await stream.close()
+            closed.set()
+            assert (await reading).token_ids == ()
+
+    asyncio.run(leave())
+    assert all(stream.closed for stream in async_transport.streams)
+
+
 def test_the_first_failure_of_a_list_ends_the_others(transport: Any, clock: Any) -> None:
     transport.configs["writer"] = fake_llm.config("writer")
 
