@@ -11,14 +11,13 @@ from typing import Any
 import click
 
 from .client import Client
+from .display import printable
 from .errors import ClientError
 from .streams import Stream
 from .types import Message
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /quit leaves"
 _COMMAND = re.compile(r"/[a-z]+")
-# A model's text must not move the terminal's cursor or change its colours.
-_CONTROLS = {code: None for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\n\t"}
 
 
 def talk(client: Client, options: dict[str, Any]) -> None:
@@ -73,7 +72,7 @@ class Conversation:
         with self._client.chat_stream([*self._messages, asked], **self._options) as stream:
             first, rate, stopped = _print_pieces(stream)
         answer = stream.generation
-        if answer.text:
+        if answer.text.strip():  # what is blank could not be sent back with the next message
             self._messages += [asked, {"role": "assistant", "content": answer.text}]
         facts = [f"{len(answer.token_ids)} tokens"]
         if rate is not None:
@@ -94,14 +93,13 @@ def _print_pieces(stream: Stream) -> tuple[float, float | None, bool]:
     stopped the answer."""
     first = last = 0.0
     tokens, stopped = 0, False
-    plain = _CONTROLS if sys.stdout.isatty() else {}
     try:
         for delta in stream:
             if delta.token_ids:
                 last = time.perf_counter()
                 tokens += len(delta.token_ids) if first else 0
                 first = first or last
-            click.echo(delta.text.translate(plain), nl=False)
+            click.echo(printable(delta.text), nl=False)
     except KeyboardInterrupt:
         stopped = True
         stream.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import click
@@ -13,6 +14,7 @@ from rich.table import Table
 from .types import Classification, Embedding, Generation, ModelStatus, Ranked, ServerStatus
 
 TEXT_WIDTH = 60
+_CONTROLS = {code: None for code in (*range(32), 127, *range(128, 160)) if chr(code) not in "\n\t"}
 
 
 def print_classifications(texts: Sequence[str], answers: Sequence[Classification]) -> None:
@@ -103,7 +105,12 @@ def print_generations(prompts: Sequence[str], answers: Sequence[Generation]) -> 
         for sample in answer.samples:
             if len(answer.samples) > 1:
                 click.echo(f"## {sample.index + 1}")
-            click.echo(sample.text)
+            click.echo(printable(sample.text))
+
+
+def printable(text: str) -> str:
+    """A model's text as it may be shown: at a terminal it must not move the cursor or change colours."""
+    return text.translate(_CONTROLS) if sys.stdout.isatty() else text
 
 
 def new_console() -> Console:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -13,9 +15,9 @@ import pytest
 from click.testing import CliRunner, Result
 from fake_llm import WORDS
 
-from client import Client, GenerationStatus, InvalidInput, metrics
+from client import Client, GenerationStatus, InvalidInput, display, metrics
 from client.cli import main
-from client.conversation import Conversation
+from client.conversation import Conversation, talk
 from client.transport import Endpoint
 
 TEXT = "".join(WORDS)
@@ -116,6 +118,51 @@ def test_a_message_that_failed_is_forgotten(server: Any) -> None:
         talk.answer("bad")
     talk.answer("good")
     assert sent(server)[-1] == [{"role": "user", "content": "good"}]
+
+
+def test_a_blank_answer_does_not_end_the_conversation(server: Any) -> None:
+    talk = Conversation(Client(transport=server), {})
+    server.scripts.append([fake_llm.arrays([" \n"], [0], [1], reasons=["stop"], usage=fake_llm.USAGE)])
+    talk.answer("first")
+    talk.answer("second")
+    assert sent(server)[-1] == [{"role": "user", "content": "second"}]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_answers_do_not_command_the_terminal(
+    server: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    text = "back \r, title \x1b]0;x\x07, \x9d1;y\x9c\n\tend"
+    clean = "back , title ]0;x, 1;y\n\tend"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    server.scripts += [[fake_llm.arrays([text], [0], [1], reasons=["stop"], usage=fake_llm.USAGE)]] * 2
+    client = Client(transport=server)
+    Conversation(client, {}).answer("hello")
+    display.print_generations(["hello"], [client.generate("hello")])
+    assert capsys.readouterr().out == f"{clean if terminal else text}\n" * 2
+
+
+def test_at_a_terminal_a_failure_and_an_interrupt_are_not_the_end(
+    server: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed: list[Any] = ["bad", KeyboardInterrupt(), "/system be brief", "", "good", EOFError()]
+
+    def read(prompt: str) -> str:
+        line = typed.pop(0)
+        if isinstance(line, BaseException):
+            raise line
+        return str(line)
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    server.scripts.append([InvalidInput("the prompt has 900 tokens")])
+    talk(Client(transport=server), {})
+    shown = capsys.readouterr()
+    assert shown.out == f"\n{TEXT}\n"
+    assert "error: the prompt has 900 tokens" in shown.err
+    assert "/quit leaves" in shown.err
+    assert [turn["content"] for turn in sent(server)[-1]] == ["be brief", "good"]
 
 
 def test_query_generate_prints_the_answers_or_one_document(run: Any, server: Any) -> None:
