@@ -78,7 +78,8 @@ class Peak:
     place: str = ""
 
     def see(self, value: float, place: str) -> None:
-        if not value <= self.value:  # NaN counts as largest
+        # NaN counts as largest, and stays.
+        if value > self.value or (np.isnan(value) and not np.isnan(self.value)):
             self.value, self.place = value, place
 
     @property

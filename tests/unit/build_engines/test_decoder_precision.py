@@ -16,6 +16,7 @@ from tiny_decoders import VOCABULARY, Runner, save_decoder
 from build_engines import decoder_precision
 from build_engines.decoder_precision import REFERENCE_FILE, DecoderMaterial, build_decoder_precision
 from build_engines.decoder_reference import check_decoder_parity
+from build_engines.decoder_stream import Peak
 from build_engines.errors import DataError, ExportError, GateError
 from build_engines.export.decoder import open_decoder
 from build_engines.perplexity import Reference, engine_nll, judge
@@ -378,6 +379,13 @@ def test_activations_beyond_fp16_are_named(
     assert not out.exists()
     assert list(out.parent.iterdir()) == []
     build_decoder_precision(open_decoder(folder), "fp32", out, material(rows), quiet)
+
+
+def test_what_is_no_number_stays_the_largest_activation() -> None:
+    peak = Peak()
+    for value, place in ((3.0, "a"), (float("nan"), "b"), (5.0, "c"), (float("nan"), "d")):
+        peak.see(value, place)
+    assert (peak.place, peak.fits) == ("b", False)
 
 
 def test_no_text_is_an_error(checkpoints: Callable[[str], Path], rows: list[Any], tmp_path: Path) -> None:
