@@ -34,23 +34,31 @@ from build_engines.stack import Precision
 from build_engines.targets import Target
 from triton_repo.runtime.decoder import DecoderEngine
 
-_EXPORT_CODE = ("build_engines/export", "build_engines/graphs.py", "build_engines/decoder_reference.py")
+_EXPORT_CODE = (
+    "build_engines/export",
+    "build_engines/graphs.py",
+    "build_engines/decoder_reference.py",
+    "build_engines/decoder_stream.py",
+)
 _PRECISION_CODE = (
     *_EXPORT_CODE,
     "build_engines/quantize",
     "build_engines/decoder_precision.py",
     "build_engines/decoder_sensitivity.py",
-    "build_engines/decoder_stream.py",
     "build_engines/decoder_texts.py",
     "build_engines/perplexity.py",
     "build_engines/gates.py",
     "build_engines/fallback.py",
     "calibration/samples.py",
+    "calibration/reading.py",
     "triton_repo/runtime/chat.py",
 )
 _COMPILE_CODE = (
     "build_engines/targets",
+    "build_engines/graphs.py",
     "build_engines/decoder_kernels.py",
+    "build_engines/fallback.py",
+    "build_engines/gates.py",
     "build_engines/perplexity.py",
     "triton_repo/runtime",
 )

@@ -37,7 +37,7 @@ from triton_repo.runtime.session import EngineRefused
 from triton_repo.runtime.tokenization import TextTokenizer
 
 _EXPORT_CODE = ("build_engines/export", "build_engines/graphs.py", "build_engines/reference.py")
-_DATA_CODE = ("build_engines/verify.py", "calibration/samples.py")
+_DATA_CODE = ("build_engines/verify.py", "calibration/samples.py", "calibration/reading.py")
 _JUDGING_CODE = (
     *_DATA_CODE,
     "build_engines/gates.py",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from small_stack import write_lines, write_stack
 
 from build_engines.errors import DataError, ExportError, GateError, StackError
 from build_engines.manifest import StageRun
-from build_engines.pipeline import BuiltEngine, build_stack
+from build_engines.pipeline import BuiltEngine, build_stack, decoder, encoder
 from build_engines.random_model import RandomLlama, write_random_llm
 from build_engines.stack import Stack, load_stack
 from triton_repo.runtime.decoder import DecoderEngine
@@ -198,3 +200,31 @@ def test_data_that_is_missing_stops_the_build_before_the_work(checkpoint: Path, 
     (tmp_path / "evaluation.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(DataError, match=r"evaluation\.jsonl"):
         build_stack(stack, Lines())
+
+
+# Their values are inputs of the stages by themselves, or no file and no figure of an LLM comes from them.
+SETTLED = {"errors", "stack", "profiles", "atomic", "metrics", "quantize", "quantizer"}
+
+
+def imported(code: Sequence[str]) -> Iterator[Path]:
+    """The build tool's own modules that the source files in `code` import."""
+    root = Path(decoder.__file__).parents[2]
+    for name in code:
+        for path in sorted((root / name).rglob("*.py")) or [root / name]:
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("build_", "calib")):
+                    yield Path(str(node.module).replace(".", "/"))
+
+
+@pytest.mark.parametrize("code", [decoder._PRECISION_CODE, decoder._COMPILE_CODE])
+def test_a_stage_names_the_code_that_decides_its_result(code: Sequence[str]) -> None:
+    known = {Path(name.removesuffix(".py")) for name in code}
+    used = {path for path in imported(code) if path.name not in SETTLED}
+    assert {path for path in used if not known & {path, *path.parents}} == set()
+
+
+def test_texts_are_read_again_by_other_code() -> None:
+    for code in (decoder._PRECISION_CODE, encoder._DATA_CODE):
+        assert {path for path in imported(code) if path.parts[0] == "calibration"} <= {
+            Path(name.removesuffix(".py")) for name in code
+        }
