@@ -83,10 +83,15 @@ class TritonPythonModel:
         del self._service
 
     def _begin(self, exchange: _Exchange, tensors: Mapping[str, Any], parameters: str) -> None:
+        from triton_repo.runtime.texts import BadRequest
         from triton_repo.runtime.wire import Reply, read_fields
 
         try:
-            fields, stream = read_fields(tensors, parameters)
+            try:
+                fields, stream = read_fields(tensors, parameters)
+            except BadRequest:
+                self._service.refuse()
+                raise
             exchange.handle = self._service.submit(fields, Reply(exchange.send, stream=stream))
         except Exception as error:  # a fault of ours must not leave a client waiting either
             exchange.send(error, True)

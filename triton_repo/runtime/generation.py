@@ -93,15 +93,16 @@ class GenerationService:
         Raises BadRequest for a request that cannot be answered, naming the field; Busy when the queue is
         full.
         """
-        params = read_params(request)
-        params.validate()
-        stops = params.stop
+        try:
+            read = self._read(request, on_delta)
+        except BadRequest:
+            self.refuse()
+            raise
+        return self._scheduler.submit(read)
 
-        def open_text() -> TextStream:
-            return TextStream(self._open_detokenizer(), stops)
-
-        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
-        return self._scheduler.submit(Request(self.prompt(request), params, on_delta, stop_ids, open_text))
+    def refuse(self) -> None:
+        """Count a request that was refused before it became one of fields."""
+        self._scheduler.refuse()
 
     def generate(self, request: Mapping[str, Any]) -> list[Answer]:
         """The finished samples of a request, in order. Raises what `submit` raises, and EngineFailed."""
@@ -137,6 +138,17 @@ class GenerationService:
     def close(self) -> None:
         """End everything that runs or waits as "cancelled"."""
         self._scheduler.close()
+
+    def _read(self, request: Mapping[str, Any], on_delta: Callable[[Delta], object]) -> Request:
+        params = read_params(request)
+        params.validate()
+        stops = params.stop
+
+        def open_text() -> TextStream:
+            return TextStream(self._open_detokenizer(), stops)
+
+        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
+        return Request(self.prompt(request), params, on_delta, stop_ids, open_text)
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
         bound = self._capacity * _CHARACTERS_PER_TOKEN

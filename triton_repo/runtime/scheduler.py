@@ -88,7 +88,7 @@ class Scheduler:
         try:
             prompt = self._checked(request)
         except BadRequest:
-            self._outcomes["refused"] += 1
+            self.refuse()
             raise
         job = Job(request, prompt, self._clock(), Outbox(request.on_delta, lambda: self._cancel(job)))
         with self._changed:
@@ -101,6 +101,11 @@ class Scheduler:
             self._queue.append(job)
             self._changed.notify()
         return Handle(job, self._cancel)
+
+    def refuse(self) -> None:
+        """Count a bad request that did not come as far as `submit`."""
+        with self._changed:
+            self._outcomes["refused"] += 1
 
     def snapshot(self) -> dict[str, Any]:
         """Gauges and running totals; `requests_total` by outcome."""

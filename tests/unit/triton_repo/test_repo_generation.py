@@ -201,9 +201,11 @@ def test_bad_requests_are_named_and_others_untouched(
     shared: GenerationService, request_: dict[str, Any], message: str
 ) -> None:
     running: list[Delta] = []
+    refused = shared.snapshot()["requests_total"]["refused"]
     handle = shared.submit({"text": "noodles", "max_tokens": 100, "ignore_eos": True}, running.append)
     with pytest.raises(BadRequest, match=message):
         shared.submit(request_, running.append)
+    assert shared.snapshot()["requests_total"]["refused"] == refused + 1
     assert handle.wait(20)
     assert sum(len(delta.token_ids) for delta in running) == 100
     assert running[-1].finish_reason == "length"

@@ -119,6 +119,7 @@ def test_a_refused_request_gets_its_reason_and_its_neighbours_go_on(
     running, handle = loaded.running()
     refused = loaded.ask(text, parameters=parameters)
     assert (refused.sender.error.code, message in refused.sender.error.message) == (code, True)
+    assert loaded.service.refused == (code == "INVALID_ARG")
     assert not handle.cancelled.is_set()
     handle.on_delta(Delta(0, "end", (1,), (), "stop", USAGE))
     assert running.sender.sent[-1][0]["text"][0] == b"end"

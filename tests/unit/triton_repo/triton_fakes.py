@@ -150,6 +150,7 @@ class Service:
         self.arrived = threading.Semaphore(0)
         self.counts: dict[str, Any] = {}
         self.closed = False
+        self.refused = 0
 
     @classmethod
     def open(cls, folder: Any, **settings: Any) -> Service:
@@ -157,6 +158,7 @@ class Service:
 
     def submit(self, fields: dict[str, Any], on_delta: Callable[[Delta], object]) -> Handle:
         if fields.get("text") == b"refuse":
+            self.refuse()
             raise BadRequest("'text' is refused")
         if fields.get("text") == b"fault":
             raise ZeroDivisionError("while reading: fault")
@@ -165,6 +167,9 @@ class Service:
         self.handles.append(handle)
         self.arrived.release()
         return handle
+
+    def refuse(self) -> None:
+        self.refused += 1
 
     def snapshot(self) -> dict[str, Any]:
         return dict(self.counts)
