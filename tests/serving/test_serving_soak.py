@@ -19,7 +19,8 @@ pytestmark = [pytest.mark.serving, pytest.mark.timeout(3600)]
 
 REQUESTS = int(os.environ.get("ONECARD_SOAK", "600"))
 CANCELLED = max(1, REQUESTS // 20)
-MOST_GROWTH = 1.02
+# Of all processes together: the server's allocator takes some once, the tokenizer remembers words it has seen.
+MOST_GROWN_KB = 12 << 10
 
 
 def resident(server: Served) -> dict[str, int]:
@@ -65,10 +66,8 @@ def test_short_requests_and_cancelled_ones_leave_nothing_behind(talking: Served)
     assert CANCELLED / 2 < cancelled <= CANCELLED
     assert not any(done.values()), done
     assert (after["slots_active"], after["queue"]) == (0, 0)
-    grown = {pid: kilobytes / memory[pid] for pid, kilobytes in resident(talking).items() if pid in memory}
-    print(
-        f"{REQUESTS} requests, {CANCELLED} cancelled, {seconds:.0f} s; resident x {max(grown.values()):.4f}"
-    )
-    assert max(grown.values()) < MOST_GROWTH
+    grown = sum(resident(talking).values()) - sum(memory.values())
+    print(f"{REQUESTS} requests, {cancelled:.0f} cancelled, {seconds:.0f} s; resident {grown:+,} kB")
+    assert grown < MOST_GROWN_KB
     assert talk.whole(text="all", n=4, max_tokens=2, ignore_eos=True)["index"] == [0, 1, 2, 3]
     talk.close()
