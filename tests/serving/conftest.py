@@ -87,7 +87,7 @@ task = "generate"
 source = "./llama"
 precisions = ["fp32"]
 slots = 1
-max_length = 2048
+max_length = {POSITIONS}
 prefill_chunk = 64
 evaluation = "talks.jsonl"
 calibration = {{ data = "talks.jsonl" }}

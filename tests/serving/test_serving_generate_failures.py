@@ -199,7 +199,7 @@ def test_a_slow_reader_holds_up_nobody(talking: Served, talk: Talk) -> None:
 
 def test_a_full_queue_and_a_long_wait_are_refused(talking: Served, tight: Talk) -> None:
     before = state(talking, "tight")
-    running = tight.call(text="busy", ignore_eos=True, max_tokens=2000)
+    running = tight.call(text="busy", **FOREVER)
     next(running)
     waiting = tight.call(text="waits", max_tokens=3)
     time.sleep(0.1)
