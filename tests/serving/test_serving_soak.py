@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.serving, pytest.mark.timeout(3600)]
 
 REQUESTS = int(os.environ.get("ONECARD_SOAK", "600"))
 CANCELLED = max(1, REQUESTS // 20)
-# Of all processes together: the server's allocator takes some once, the tokenizer remembers words it has seen.
+# Of all processes together: the server's allocator takes some once, the tokenizer remembers words it saw.
 MOST_GROWN_KB = 12 << 10
 
 
