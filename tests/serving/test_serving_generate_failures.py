@@ -16,7 +16,7 @@ from typing import Any
 
 import grpc
 import pytest
-from small_llm import Refused, Talk, outputs, post, quiet
+from small_llm import Refused, Talk, outputs, post, quiet, thrice
 from small_models import Served
 
 pytestmark = pytest.mark.serving
@@ -119,6 +119,7 @@ def test_other_streams_do_not_notice_bad_requests(talking: Served, talk: Talk) -
     assert state(talking)["requests_total failed"] == 0
 
 
+@thrice
 def test_a_cancelled_stream_stops_and_frees_its_slot(talking: Served, talk: Talk) -> None:
     before = state(talking)
     calls = [talk.call(text=f"cancel {place}", **FOREVER) for place in range(4)]
@@ -133,6 +134,7 @@ def test_a_cancelled_stream_stops_and_frees_its_slot(talking: Served, talk: Talk
     assert after["generated_tokens_total"] - before["generated_tokens_total"] < 4 * 6000
 
 
+@thrice
 def test_a_request_that_waits_is_cancelled_too(talking: Served, talk: Talk) -> None:
     before = state(talking)
     running = [talk.call(text=f"busy {place}", **FOREVER) for place in range(4)]
@@ -161,6 +163,7 @@ sys.stdin.read()
 """
 
 
+@thrice
 def test_a_client_that_is_killed_frees_its_slot(talking: Served, talk: Talk) -> None:
     before = state(talking)
     program = textwrap.dedent(VANISHING).format(here=str(Path(__file__).parent), address=talking.grpc)
@@ -174,6 +177,7 @@ def test_a_client_that_is_killed_frees_its_slot(talking: Served, talk: Talk) -> 
     assert after["requests_total cancelled"] == before["requests_total cancelled"] + 1
 
 
+@thrice
 def test_an_http_client_that_hangs_up_frees_its_slot(talking: Served) -> None:
     before = state(talking)
     host, port = talking.http.split(":")
