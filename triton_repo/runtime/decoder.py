@@ -24,6 +24,9 @@ FloatArray = npt.NDArray[np.float32]
 
 # Long prompts go through integer matrix products where the engine folder has a graph for them.
 PREFILL_FILE = "prefill.onnx"
+# Each graph has threads of its own, which spin for a while after a run. Beside the other graph's they made ten
+# steps after a prompt up to three times as slow, and a prompt among steps a third slower.
+_SHARED_CORES = {"session.force_spinning_stop": "1"}
 _REQUIRED = ("layers", "kv_heads", "head_dim", "vocabulary", "slots", "capacity", "chunk")
 
 
@@ -93,7 +96,7 @@ class DecoderEngine:
         missing = [key for key in _REQUIRED if not isinstance(manifest["serving"].get(key), int)]
         if missing:
             raise EngineRefused(f"{folder}: the manifest's serving part lacks {', '.join(missing)}")
-        settings = kernel_settings(manifest.get("kernels"))
+        settings = {**kernel_settings(manifest.get("kernels")), **_SHARED_CORES}
         session = onnx_session(folder / manifest["engine"]["file"], threads, settings=settings)
         prefill = session
         if PREFILL_FILE in manifest["files"]:
