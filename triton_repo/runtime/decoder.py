@@ -24,8 +24,8 @@ FloatArray = npt.NDArray[np.float32]
 
 # Long prompts go through integer matrix products where the engine folder has a graph for them.
 PREFILL_FILE = "prefill.onnx"
-# Each graph has threads of its own, which spin for a while after a run. Beside the other graph's they made ten
-# steps after a prompt up to three times as slow, and a prompt among steps a third slower.
+# Each graph has threads of its own, which spin for a while after a run. Beside the other graph's they made
+# ten steps after a prompt up to three times as slow, and a prompt among steps a third slower.
 _SHARED_CORES = {"session.force_spinning_stop": "1"}
 _REQUIRED = ("layers", "kv_heads", "head_dim", "vocabulary", "slots", "capacity", "chunk")
 
