@@ -21,6 +21,7 @@ from build_engines.atomic import link_or_copy
 from build_engines.errors import CompileError, GateError
 from build_engines.fallback import Modes, find_passing_modes
 from build_engines.gates import GateReport
+from build_engines.graphs import operator_counts
 from build_engines.targets.decoder_lowering import LinearMode, int8_linears, lower_decoder, widen_decoder
 from triton_repo.runtime.decoder import PREFILL_FILE, DecoderEngine, kernel_settings
 from triton_repo.runtime.session import EngineRefused, onnx_session
@@ -83,7 +84,7 @@ class _CpuBuild:
         session, report = self._decoding()
         made: dict[str, Any] = {
             "versions": {"onnxruntime": onnxruntime.__version__},
-            "layers": _count(decode),
+            "layers": operator_counts(decode),
             "kernels": dict(self.kernels),
             "prefill": None,
             "gate": report.as_dict(),
@@ -128,7 +129,6 @@ class _CpuBuild:
 
     def _sensitivity(self) -> dict[str, float]:
         """Relative squared error that one activation scale per run causes in what each Linear reads."""
-        self._write(PREFILL_FILE, {})
         read = self._read_by_linears()
         return {name: _one_scale_error(read[name]) for name in self.linears}
 
@@ -207,10 +207,3 @@ def _one_scale_error(values: FloatArray) -> float:
     error = np.square((codes - zero) * step - values).sum(axis=-1)
     size = np.square(values).sum(axis=-1)
     return float(np.mean(error / np.maximum(size, 1e-12)))
-
-
-def _count(model: onnx.ModelProto) -> dict[str, int]:
-    layers: dict[str, int] = {}
-    for node in model.graph.node:
-        layers[node.op_type] = layers.get(node.op_type, 0) + 1
-    return layers

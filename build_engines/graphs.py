@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -97,6 +98,11 @@ def store_external(
     del tensor.external_data[:]
     for key, value in entries.items():
         tensor.external_data.add(key=key, value=value)
+
+
+def operator_counts(model: onnx.ModelProto) -> dict[str, int]:
+    """{operator: how many nodes}, in the order in which they first appear."""
+    return dict(Counter(node.op_type for node in model.graph.node))
 
 
 def load_external(tensor: onnx.TensorProto, folder: Path) -> None:

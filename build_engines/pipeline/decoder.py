@@ -9,9 +9,7 @@ precision is written straight from the checkpoint's tensors, one at a time, in a
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -67,16 +65,8 @@ _COMPILE_CODE = (
 class DecoderBuild(ModelBuild):
     """All stages of one causal LM."""
 
-    def engines(self, targets: Sequence[Target]) -> list[BuiltEngine]:
-        _ = self.texts  # data that is missing must not fail the build later
-        built = []
-        for precision in self.model.precisions:
-            graph = self._precision(precision)
-            for target in targets:
-                if precision == "fp32" and target.name != "onnxruntime":
-                    continue  # TensorRT has no fused FP32 attention
-                built.append(self._compile(precision, graph, target))
-        return built
+    def check_data(self) -> None:
+        _ = self.texts
 
     # --- stages ---------------------------------------------------------------------------------------------
 
@@ -96,7 +86,7 @@ class DecoderBuild(ModelBuild):
 
         return self.run("export", self.work / "export", inputs, build, _describe_export)
 
-    def _precision(self, precision: Precision) -> StageRun:
+    def typed(self, precision: Precision) -> StageRun:
         tables = [self.model.embedding, self.model.head] if precision == "int8-weights" else None
         inputs = {
             "source": self.source_digests,
@@ -119,7 +109,7 @@ class DecoderBuild(ModelBuild):
 
         return self.run(precision, self.work / precision, inputs, build, _describe_gate)
 
-    def _compile(self, precision: Precision, graph: StageRun, target: Target) -> BuiltEngine:
+    def compile(self, precision: Precision, graph: StageRun, target: Target) -> BuiltEngine:
         folder = self.stack.build_dir / "engines" / self.model.name / precision / target.name
         profile = decoder_profile(self.model)
         capability = self.stack.card.compute_capability if target.needs_card else None
@@ -172,8 +162,7 @@ class DecoderBuild(ModelBuild):
         run = self.run(
             f"{precision} {target.name}", folder, inputs, build, lambda r: _describe_engine(r, folder)
         )
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        return BuiltEngine(folder, manifest, run.skipped)
+        return BuiltEngine.read(folder, run)
 
     # --- parts ----------------------------------------------------------------------------------------------
 

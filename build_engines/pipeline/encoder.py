@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -57,19 +56,10 @@ _PRECISION_CODE = (
 class EncoderBuild(ModelBuild):
     """All stages of one classifier, embedder or reranker."""
 
-    def engines(self, targets: Sequence[Target]) -> list[BuiltEngine]:
-        # Data that is missing or does not fit this model must not fail the build at its end.
+    def check_data(self) -> None:
         if any(precision != "fp32" for precision in self.model.precisions):
             load_calibration(self.model)
         check_evaluation(self.model)
-        built = []
-        for precision in self.model.precisions:
-            graph = self._precision(precision)
-            for target in targets:
-                if precision == "fp32" and target.name != "onnxruntime":
-                    continue  # TensorRT has no fused FP32 attention
-                built.append(self._compile(precision, graph, target))
-        return built
 
     # --- stages ---------------------------------------------------------------------------------------------
 
@@ -115,7 +105,7 @@ class EncoderBuild(ModelBuild):
 
         return self.run("reference", self.work / "reference", inputs, build, lambda r: f"{r['rows']} answers")
 
-    def _precision(self, precision: Precision) -> StageRun:
+    def typed(self, precision: Precision) -> StageRun:
         inputs = {
             "export": self.exported.digests(),
             "serving": self.exported.result["serving"],  # labels decide accuracy and are not in the graph
@@ -143,7 +133,7 @@ class EncoderBuild(ModelBuild):
 
         return self.run(precision, self.work / precision, inputs, build, _describe_gate)
 
-    def _compile(self, precision: Precision, graph: StageRun, target: Target) -> BuiltEngine:
+    def compile(self, precision: Precision, graph: StageRun, target: Target) -> BuiltEngine:
         folder = self.stack.build_dir / "engines" / self.model.name / precision / target.name
         profile = engine_profile(replace(self.model, max_length=self.max_length))
         capability = self.stack.card.compute_capability if target.needs_card else None
@@ -189,8 +179,7 @@ class EncoderBuild(ModelBuild):
         run = self.run(
             f"{precision} {target.name}", folder, inputs, build, lambda r: _describe_engine(r, folder)
         )
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        return BuiltEngine(folder, manifest, run.skipped)
+        return BuiltEngine.read(folder, run)
 
     # --- parts ----------------------------------------------------------------------------------------------
 

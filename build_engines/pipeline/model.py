@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 
 from build_engines.errors import ArtifactError, FetchError
 from build_engines.manifest import StageRun, folder_files, run_stage
-from build_engines.stack import DataRef, Model, Stack
+from build_engines.stack import DataRef, Model, Precision, Stack
 from build_engines.targets import Target
 from calibration.samples import data_file
 from triton_repo.runtime.session import sha256
@@ -36,6 +37,12 @@ class BuiltEngine:
     manifest: dict[str, Any]
     skipped: bool
 
+    @classmethod
+    def read(cls, folder: Path, run: StageRun) -> BuiltEngine:
+        """What `run` left in `folder`."""
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return cls(folder, manifest, run.skipped)
+
 
 class ModelBuild(ABC):
     """All stages of one model. Each stage's inputs name everything that decides its result."""
@@ -48,9 +55,29 @@ class ModelBuild(ABC):
         self.work = stack.build_dir / "work" / model.name
         self._seen: dict[Path, tuple[int, ...]] = {}
 
-    @abstractmethod
     def engines(self, targets: Sequence[Target]) -> list[BuiltEngine]:
         """Run every stage that is not up to date; one engine per precision and target."""
+        self.check_data()
+        built = []
+        for precision in self.model.precisions:
+            graph = self.typed(precision)
+            for target in targets:
+                if precision == "fp32" and target.name != "onnxruntime":
+                    continue  # TensorRT has no fused FP32 attention
+                built.append(self.compile(precision, graph, target))
+        return built
+
+    @abstractmethod
+    def check_data(self) -> None:
+        """Raise DataError now for data that is missing or does not fit, not at the end of the build."""
+
+    @abstractmethod
+    def typed(self, precision: Precision) -> StageRun:
+        """The stage that leaves the typed graph in `precision`, its gate passed."""
+
+    @abstractmethod
+    def compile(self, precision: Precision, graph: StageRun, target: Target) -> BuiltEngine:
+        """The stage that leaves the engine of `graph` for `target`."""
 
     @cached_property
     def source_digests(self) -> dict[str, str]:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from build_engines.errors import CompileError
-from build_engines.graphs import read_graph, save_graph
+from build_engines.graphs import operator_counts, read_graph, save_graph
 
 if TYPE_CHECKING:
     import onnx
@@ -67,10 +67,7 @@ class OnnxRuntimeTarget:
         progress("write", 1, 2)
         save_graph(model, out / self.engine_file)
         progress("write", 2, 2)
-        layers: dict[str, int] = {}
-        for node in model.graph.node:
-            layers[node.op_type] = layers.get(node.op_type, 0) + 1
-        return {"versions": {"onnxruntime": onnxruntime.__version__}, "layers": layers}
+        return {"versions": {"onnxruntime": onnxruntime.__version__}, "layers": operator_counts(model)}
 
 
 def lower(model: onnx.ModelProto) -> onnx.ModelProto:
