@@ -58,12 +58,14 @@ LAYERS: list[dict[str, tuple[str, ...]]] = [
     },
     {"precision": ("precision", "decoder_precision", "decoder_kernels")},
     {"pipeline": ("pipeline",)},
-    {"flagship": ("flagship",)},
+    {"flagship": ("flagship",), "bench": ("gpu",)},
     {"cli": ("cli",)},
 ]
 # What may be imported across packages, by prefix of the importing module; the longest prefix counts.
 ACROSS: dict[str, set[str]] = {
     "build_engines": {"calibration.samples", "triton_repo.runtime"},
+    # The whole way, from the build to a client's request, is what it measures.
+    "build_engines.gpu.served": {"client", "triton_repo"},
     "calibration": {"build_engines.errors"},
     "client": set(),
     "triton_repo": {"build_engines.errors", "build_engines.stack"},
