@@ -10,7 +10,7 @@ from build_engines.cards import Card
 
 Task = Literal["classify", "embed", "rerank", "generate"]
 Precision = Literal["int8", "int8-weights", "fp16", "fp32"]
-Target = Literal["onnxruntime", "tensorrt-rtx", "tensorrt"]
+Target = Literal["onnxruntime", "onnxruntime-cuda", "tensorrt-rtx", "tensorrt"]
 Overflow = Literal["truncate", "refuse"]
 Pooling = Literal["mean", "cls"]
 CalibrationMethod = Literal["minmax", "percentile", "entropy"]
@@ -21,7 +21,7 @@ TableType = Literal["fp16", "int8"]
 
 TASKS: Final = ("classify", "embed", "rerank", "generate")
 PRECISIONS: Final = ("int8", "int8-weights", "fp16", "fp32")
-TARGETS: Final = ("onnxruntime", "tensorrt-rtx", "tensorrt")
+TARGETS: Final = ("onnxruntime", "onnxruntime-cuda", "tensorrt-rtx", "tensorrt")
 OVERFLOWS: Final = ("truncate", "refuse")
 POOLINGS: Final = ("mean", "cls")
 METHODS: Final = ("minmax", "percentile", "entropy")

@@ -44,6 +44,10 @@ def get_target(name: str) -> Target:
         from build_engines.targets.onnxruntime import OnnxRuntimeTarget
 
         return OnnxRuntimeTarget()
+    if name == "onnxruntime-cuda":
+        from build_engines.targets.onnxruntime_cuda import OnnxRuntimeCudaTarget
+
+        return OnnxRuntimeCudaTarget()
     if name in {"tensorrt", "tensorrt-rtx"}:
         from build_engines.targets.tensorrt import TensorRTTarget
 
