@@ -2,9 +2,7 @@
 
 The cache is one array per layer and kind, [rows, kv_heads, capacity, head_dim], allocated once. Every run
 reads and writes it in place: past and present are bound to the same address, so a step moves only the new
-token's keys and values. A batch must be neighbouring rows of those arrays. A slot is therefore a name and a
-row its place: when the slots that decode are not neighbours, the engine swaps rows, which happens as requests
-come and go and never between two steps of the same set.
+token's keys and values. A batch must be neighbouring rows of those arrays; runtime.rows says which.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from triton_repo.runtime.huge_pages import collapse_heap
+from triton_repo.runtime.rows import Rows
 from triton_repo.runtime.session import EngineRefused, check_files, onnx_session, read_manifest
 
 FloatArray = npt.NDArray[np.float32]
@@ -76,8 +75,7 @@ class DecoderEngine:
             for layer in range(serving["layers"])
             for kind in ("key", "value")
         }
-        self._rows = list(range(self.slots))  # slot -> row
-        self._used = [0] * self.slots  # tokens that a slot's row holds
+        self._rows = Rows(self.slots, self.capacity)
         self._steps: dict[tuple[int, int], _Step] = {}
         # One for all steps: one for each set of rows would be half a gigabyte (16 slots, 150,000 tokens).
         self._logits = np.empty((self.slots, 1, self.vocabulary), np.float32)
@@ -127,30 +125,30 @@ class DecoderEngine:
 
         The array is the engine's own and is overwritten by the next call.
         """
-        first = self._gather(slots)
+        first = self._rows.gather(slots, self._swap)
         places = [self._rows[slot] - first for slot in slots]
         step = self._steps.get((first, len(slots)))
         if step is None:
             step = self._steps[first, len(slots)] = self._bound(first, len(slots))
         for place, slot, token, length in zip(places, slots, tokens, lengths, strict=True):
-            self._check(slot, length, 1)
+            self._rows.check(slot, length, 1)
             step.tokens[place, 0] = token
             step.lengths[place] = length
-            self._used[slot] = length + 1
+            self._rows.used[slot] = length + 1
         self._session.run_with_iobinding(step.binding)
         logits = step.logits[:, 0]
         return logits if places == list(range(len(places))) else logits[places]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """The first `length` cached tokens of `source` become those of `target`."""
-        self._check(source, 0, length)
+        self._rows.check(source, 0, length)
         origin, place = self._rows[source], self._rows[target]
         for array in self._cache.values():
             array[place, :, :length] = array[origin, :, :length]
-        self._used[target] = length
+        self._rows.used[target] = length
 
     def _read(self, slot: int, tokens: Sequence[int], start: int, wanted: list[int]) -> FloatArray:
-        self._check(slot, start, len(tokens))
+        self._rows.check(slot, start, len(tokens))
         row = self._rows[slot]
         logits = np.empty((1, len(wanted), self.vocabulary), np.float32)
         inputs = {
@@ -160,15 +158,9 @@ class DecoderEngine:
         }
         binding = self._binding(self._prefill, row, 1, inputs, logits)
         self._prefill.run_with_iobinding(binding)
-        self._used[slot] = start + len(tokens)
+        self._rows.used[slot] = start + len(tokens)
         rows: FloatArray = logits[0]
         return rows
-
-    def _check(self, slot: int, start: int, count: int) -> None:
-        # The kernels write where they are told to: a position too far is another slot's memory.
-        inside = start >= 0 and count > 0 and start + count <= self.capacity
-        if not (inside and 0 <= slot < self.slots):
-            raise ValueError(f"{count} tokens at {start} of slot {slot} do not fit {self.capacity}")
 
     def _bound(self, first: int, size: int) -> _Step:
         tokens = np.zeros((size, 1), np.int64)
@@ -197,34 +189,15 @@ class DecoderEngine:
         binding.arrays = (inputs, logits)
         return binding
 
-    def _gather(self, slots: Sequence[int]) -> int:
-        """Swap rows until those of `slots` are neighbours; returns the first."""
-        rows = sorted(self._rows[slot] for slot in slots)
-        size = len(rows)
-        if rows[-1] - rows[0] == size - 1:
-            return rows[0]
-        # The window that already holds most of them moves least.
-        starts = range(self.slots - size + 1)
-        first = max(starts, key=lambda start: sum(start <= row < start + size for row in rows))
-        window = range(first, first + size)
-        free = [row for row in window if row not in rows]
-        for row in rows:
-            if row not in window:
-                self._swap(row, free.pop())
-        return first
-
-    def _swap(self, row: int, other: int) -> None:
-        slot, displaced = self._rows.index(row), self._rows.index(other)
-        length = max(self._used[slot], self._used[displaced])
+    def _swap(self, row: int, other: int, length: int) -> None:
         for array in self._cache.values():
             kept = array[other, :, :length].copy()
             array[other, :, :length] = array[row, :, :length]
             array[row, :, :length] = kept
-        self._rows[slot], self._rows[displaced] = other, row
 
     def _warm_up(self) -> None:
         """First runs allocate; then the weights move to huge pages."""
         self.prefill(0, [0] * min(self.chunk, self.capacity), 0)
         self.decode([0], [0], [0])
-        self._used[0] = 0
+        self._rows.used[0] = 0
         collapse_heap()
