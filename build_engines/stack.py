@@ -76,6 +76,13 @@ def load_stack(path: Path, *, build_dir: Path | None = None) -> Stack:
     top = Table(path, "", read_toml(path), _STACK_KEYS)
     name = _stack_name(top, path)
     card = _card(top)
+    named = top.raw("targets")
+    if isinstance(named, list) and "tensorrt-llm" in named:
+        raise top.bad(
+            "targets",
+            "names tensorrt-llm, which is the choice of one model",
+            hint='write target = "tensorrt-llm" into the [models.<name>] table of an LLM',
+        )
     targets = cast(tuple[Target, ...], top.choices("targets", TARGETS, ("onnxruntime",)))
     if "tensorrt-rtx" in targets and card.compute_capability not in RTX_COMPUTE_CAPABILITIES:
         raise top.bad(
@@ -83,7 +90,7 @@ def load_stack(path: Path, *, build_dir: Path | None = None) -> Stack:
             f"names tensorrt-rtx, which does not compile for compute capability {card.compute_capability}",
             allowed=f"tensorrt-rtx with {one_of(RTX_COMPUTE_CAPABILITIES)}; else onnxruntime, tensorrt",
         )
-    models = _models(top)
+    models = _models(top, card)
     for model in models.values():
         if "fp32" in model.precisions and "onnxruntime" not in targets:
             raise top.bad("targets", f"lacks onnxruntime, the only one that runs {model.name} in fp32")
@@ -123,7 +130,7 @@ def _card(top: Table) -> Card:
     )
 
 
-def _models(top: Table) -> dict[str, Model]:
+def _models(top: Table, card: Card) -> dict[str, Model]:
     tables = top.raw("models")
     if tables is not None and not isinstance(tables, dict):
         raise top.bad("models", f"must be a table, not {show(tables)}", hint="write [models.<name>]")
@@ -140,7 +147,7 @@ def _models(top: Table) -> dict[str, Model]:
                 "is no model name: it becomes a folder and a Triton model",
                 allowed="a-z, 0-9 and '-', at most 64 characters, first a letter or digit",
             )
-        models[name] = read_model(name, outer.table(name, MODEL_KEYS))
+        models[name] = read_model(name, outer.table(name, MODEL_KEYS), card)
     for model in models.values():
         for precision in model.precisions:
             if f"{model.name}-{precision}" in models:

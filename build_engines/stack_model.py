@@ -13,6 +13,7 @@ from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Final, cast
 
+from build_engines.cards import Card
 from build_engines.stack_fields import Table, one_of, show
 from build_engines.stack_types import (
     BUNDLED_SETS,
@@ -22,6 +23,7 @@ from build_engines.stack_types import (
     DEFAULT_GATES,
     FAMILIES,
     GENERATE_PRECISIONS,
+    LLM_CAPABILITIES,
     MAX_CAPACITY,
     MAX_SLOTS,
     METHODS,
@@ -62,7 +64,15 @@ _NOT_FOR_GENERATE: Final = {
     "normalize": "remove it; it is for embed only",
     "cache": "remove it; Triton cannot cache streamed answers, and slots reuse the prefixes of conversations",
 }
-_FOR_GENERATE_ONLY: Final = ("slots", "prefill_chunk", "embedding", "head")
+_FOR_GENERATE_ONLY: Final = ("slots", "prefill_chunk", "embedding", "head", "target")
+_NOT_FOR_TENSORRT_LLM: Final = {
+    "calibration": "remove it; the checkpoint was quantized by ModelOpt, with data of its own",
+    "gates": "remove it; the checkpoint is served as it is, so there is nothing to compare it with",
+    "embedding": "remove it; the checkpoint says how its tables are stored",
+    "head": "remove it; the checkpoint says how its tables are stored",
+}
+# A step of TensorRT-LLM computes chunks of prompts and the running sequences together.
+_LLM_CHUNK: Final = 512
 _CALIBRATION_OF_ENCODERS: Final = dict.fromkeys(
     ("method", "percentile", "smoothing"),
     "remove it; it is for INT8 activations, and of an LLM only weights are quantized",
@@ -74,10 +84,10 @@ _QUEUE_OF_ENCODERS: Final = {
 }
 
 
-def read_model(name: str, table: Table) -> Model:
-    """The model called `name`, every default filled in. Raises StackError."""
+def read_model(name: str, table: Table, card: Card) -> Model:
+    """The model called `name` for `card`, every default filled in. Raises StackError."""
     task = cast(Task, table.choice("task", TASKS))
-    return _generator(name, table) if task == "generate" else _encoder(name, table, task)
+    return _generator(name, table, card) if task == "generate" else _encoder(name, table, task)
 
 
 def _encoder(name: str, table: Table, task: Task) -> Model:
@@ -109,8 +119,9 @@ def _encoder(name: str, table: Table, task: Task) -> Model:
     )
 
 
-def _generator(name: str, table: Table) -> Model:
+def _generator(name: str, table: Table, card: Card) -> Model:
     _refuse(table, "generate", _NOT_FOR_GENERATE)
+    target = table.choice("target", ("tensorrt-llm",), None)
     if table.integer("instances", 1, 16, 1) > 1:
         raise table.bad(
             "instances",
@@ -121,10 +132,11 @@ def _generator(name: str, table: Table) -> Model:
     source, source_dir = _source(table)
     slots = _open_integer(table, "slots", 1, MAX_SLOTS, "slots")
     max_length = _open_integer(table, "max_length", _MIN_CAPACITY, MAX_CAPACITY, "tokens")
-    precisions = _generate_precisions(table)
+    precisions = _stored_precision(table, card) if target else _generate_precisions(table)
     return Model(
         name=name,
         task="generate",
+        target=target,
         source=source,
         source_dir=source_dir,
         revision=_revision(table, source_dir),
@@ -140,7 +152,7 @@ def _generator(name: str, table: Table) -> Model:
         gates=_gates(table, "generate"),
         queue=_waiting(table),
         slots=slots,
-        prefill_chunk=_prefill_chunk(table, max_length),
+        prefill_chunk=_prefill_chunk(table, max_length, _LLM_CHUNK if target else 128),
         embedding=table.choice("embedding", TABLE_TYPES, "fp16"),
         head=table.choice("head", TABLE_TYPES, "int8"),
     )
@@ -177,8 +189,39 @@ def _generate_precisions(table: Table) -> tuple[Precision, ...]:
     return cast(tuple[Precision, ...], chosen)
 
 
-def _prefill_chunk(table: Table, max_length: int) -> int:
-    chunk = table.integer("prefill_chunk", _MIN_CAPACITY, 4096, 128, unit="tokens")
+def _stored_precision(table: Table, card: Card) -> tuple[Precision, ...]:
+    """How the checkpoint for TensorRT-LLM is stored; the plan compares it with the checkpoint itself."""
+    for key, hint in _NOT_FOR_TENSORRT_LLM.items():
+        if table.has(key):
+            raise table.bad(key, "has no meaning for target 'tensorrt-llm'", hint=hint)
+    values = table.raw("precisions")
+    if isinstance(values, list) and ("int8" in values or "int8-weights" in values):
+        raise table.bad(
+            "precisions",
+            f"is {show(values)}: TensorRT-LLM's PyTorch backend has no INT8 W8A8, and int8-weights are what "
+            "onecard compiles itself",
+            allowed=f"one of {one_of(LLM_CAPABILITIES)}",
+            hint="quantize the checkpoint with ModelOpt to one of these, or remove target",
+        )
+    chosen = table.choices("precisions", LLM_CAPABILITIES, ("fp16",))
+    if len(chosen) > 1:
+        raise table.bad(
+            "precisions", f"is {show(list(chosen))}", allowed="one: a checkpoint is stored in one"
+        )
+    supported = LLM_CAPABILITIES[chosen[0]]
+    if card.compute_capability not in supported:
+        others = [name for name, found in LLM_CAPABILITIES.items() if card.compute_capability in found]
+        raise table.bad(
+            "precisions",
+            f"is {chosen[0]}, for which TensorRT-LLM has no kernels on compute capability "
+            f"{card.compute_capability}",
+            allowed=one_of(others) if others else f"a card with {one_of(supported)}",
+        )
+    return cast(tuple[Precision, ...], chosen)
+
+
+def _prefill_chunk(table: Table, max_length: int, default: int) -> int:
+    chunk = table.integer("prefill_chunk", _MIN_CAPACITY, 4096, default, unit="tokens")
     if max_length and chunk > max_length:
         if table.has("prefill_chunk"):
             raise table.bad("prefill_chunk", f"is {chunk}", allowed=f"at most max_length = {max_length}")

@@ -9,7 +9,7 @@ from typing import Final, Literal
 from build_engines.cards import Card
 
 Task = Literal["classify", "embed", "rerank", "generate"]
-Precision = Literal["int8", "int8-weights", "fp16", "fp32"]
+Precision = Literal["int8", "int8-weights", "fp16", "fp32", "fp8", "nvfp4", "int4-awq"]
 Target = Literal["onnxruntime", "onnxruntime-cuda", "tensorrt-rtx", "tensorrt"]
 Overflow = Literal["truncate", "refuse"]
 Pooling = Literal["mean", "cls"]
@@ -41,6 +41,14 @@ DECODER_FAMILIES: Final = (
 # What an LLM can be compiled to. INT8 activations (`int8`) are for encoders.
 GENERATE_PRECISIONS: Final = ("int8-weights", "fp16", "fp32")
 TABLE_TYPES: Final = ("fp16", "int8")
+# What a checkpoint that TensorRT-LLM serves can be stored as, and the compute capabilities that its hardware
+# matrix has kernels for.
+LLM_CAPABILITIES: Final[dict[str, tuple[str, ...]]] = {
+    "fp16": ("8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0"),
+    "fp8": ("8.9", "9.0", "10.0", "10.3", "12.0"),
+    "nvfp4": ("10.0", "10.3", "12.0"),
+    "int4-awq": ("8.0", "8.6", "8.9", "9.0"),
+}
 # Bundled sets by the tasks that can read them: groups of passages, (labelled) texts, or conversations.
 BUNDLED_SETS: Final = {
     "classify": "reviews",
@@ -175,11 +183,13 @@ class Model:
     Of `generate` models only: `slots` sequences run at once, each of at most `max_length` tokens (prompt and
     answer together); 0 leaves either open until `build_engines.plan.resolve_open` has chosen. A prompt is
     read in steps of `prefill_chunk` tokens. `embedding` and `head` are the stored types of the two tables
-    in `int8-weights`.
+    in `int8-weights`. `target`: "tensorrt-llm" serves the checkpoint as it is stored, which `precisions` then
+    names; None: the stack's targets.
     """
 
     name: str
     task: Task
+    target: Literal["tensorrt-llm"] | None = None
     source: str
     source_dir: Path | None = None
     revision: str | None = None
