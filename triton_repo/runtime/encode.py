@@ -12,7 +12,7 @@ import numpy.typing as npt
 from triton_repo.runtime.grouping import measure_overhead, plan_groups
 from triton_repo.runtime.session import open_engine
 from triton_repo.runtime.texts import EngineFailed
-from triton_repo.runtime.tokenization import Row, TextTokenizer
+from triton_repo.runtime.tokenization import Row, TextTokenizer, padded
 
 # The output of each task's graph that the answer is made from.
 ANSWER_OUTPUT = {"classify": "probabilities", "embed": "embeddings", "rerank": "scores"}
@@ -88,19 +88,7 @@ class Encoder:
 
     def arrays(self, rows: Sequence[Row], width: int) -> dict[str, npt.NDArray[np.int64]]:
         """Graph inputs int64 [rows, width], padded on the right."""
-        ids = np.full((len(rows), width), self._pad_id, dtype=np.int64)
-        mask = np.zeros((len(rows), width), dtype=np.int64)
-        for position, row in enumerate(rows):
-            length = len(row.ids)
-            ids[position, :length] = row.ids
-            mask[position, :length] = 1
-        arrays = {"input_ids": ids, "attention_mask": mask}
-        if "token_type_ids" in self._inputs:
-            types = np.zeros((len(rows), width), dtype=np.int64)
-            for position, row in enumerate(rows):
-                types[position, : len(row.types)] = row.types
-            arrays["token_type_ids"] = types
-        return arrays
+        return padded(rows, width, self._pad_id, self._inputs)
 
     def _dry_run(self, batch: int, width: int) -> None:
         row = Row([self._pad_id] * width, [0] * width, False)

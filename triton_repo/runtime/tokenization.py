@@ -7,10 +7,13 @@ costs nothing. The template is learned from the tokenizer and checked against it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 # A long text is cut before it is tokenized, at first to this many characters per token wanted.
 _CHARACTERS_PER_TOKEN = 8
@@ -49,6 +52,25 @@ class Template:
     @property
     def added(self) -> int:
         return len(self.before) + len(self.between) + len(self.after)
+
+
+def padded(
+    rows: Sequence[Row], width: int, pad_id: int, inputs: Container[str]
+) -> dict[str, npt.NDArray[np.int64]]:
+    """Graph inputs int64 [rows, width], padded on the right; token_type_ids where `inputs` has them."""
+    ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+    mask = np.zeros((len(rows), width), dtype=np.int64)
+    for position, row in enumerate(rows):
+        length = len(row.ids)
+        ids[position, :length] = row.ids
+        mask[position, :length] = 1
+    arrays = {"input_ids": ids, "attention_mask": mask}
+    if "token_type_ids" in inputs:
+        types = np.zeros((len(rows), width), dtype=np.int64)
+        for position, row in enumerate(rows):
+            types[position, : len(row.types)] = row.types
+        arrays["token_type_ids"] = types
+    return arrays
 
 
 class TextTokenizer:
