@@ -21,6 +21,12 @@ _CODE: Final[dict[str, tuple[int, int]]] = {
 }
 # Matrix kernels keep a workspace while few tokens are in flight, whatever the width.
 _WORKSPACE: Final = 10 << 20
+# TensorRT-LLM. Bytes of a stored weight: 4 bits beside an FP8 scale for 16 (NVFP4) or an FP16 one for 128.
+_STORED: Final = {"fp16": 2.0, "fp8": 1.0, "nvfp4": 0.5 + 1 / 16, "int4-awq": 0.5 + HALF / 128}
+# Tokens of a page of its cache.
+_PAGE: Final = 32
+# PyTorch's allocator, workspaces of matrix products and attention, CUDA graphs: assumed, never measured.
+_LIBRARY: Final = 1 << 30
 
 
 def decoder_engine_memory(
@@ -39,9 +45,39 @@ def decoder_engine_memory(
     )
 
 
+def llm_memory(model: Model, shape: DecoderShape, precision: Precision, context: int) -> EngineMemory:
+    """`model` served by TensorRT-LLM from the checkpoint itself. Its slots and length must be settled.
+
+    A step computes a chunk of prompts and one token of every slot together.
+    """
+    profile = decoder_profile(model)
+    tokens = profile.chunk + profile.slots
+    return EngineMemory(
+        tensors=shape.stored_bytes or _llm_tensor_bytes(shape, precision),
+        code=_LIBRARY,
+        activations=tokens * (6 * shape.ffn + 8 * shape.hidden),
+        buffers=2 * 4 * profile.slots * shape.vocabulary,
+        cache=llm_cache_tokens(profile) * cache_bytes_per_token(shape),
+        context=context,
+    )
+
+
+def llm_cache_tokens(profile: DecoderProfile) -> int:
+    """Tokens that TensorRT-LLM's cache must hold for all slots to be full: whole pages of each."""
+    return profile.slots * -(-profile.capacity // _PAGE) * _PAGE
+
+
+def _llm_tensor_bytes(shape: DecoderShape, precision: Precision) -> int:
+    """The layers' matrices as they are stored; embedding, head (one table if tied) and vectors in 16 bits."""
+    matrices = sum(rows * columns for rows, columns in _layer_matrices(shape))
+    tables = (1 if shape.tied else 2) * shape.vocabulary * shape.hidden
+    vectors = shape.layers * _layer_vectors(shape) + shape.hidden
+    return int(shape.layers * matrices * _STORED[precision]) + HALF * (tables + vectors)
+
+
 def cache_bytes_per_token(shape: DecoderShape) -> int:
-    """Keys and values of one token in every layer, in FP16."""
-    return 2 * shape.layers * shape.kv_heads * shape.head_dim * HALF
+    """Keys and values of one token in every layer, in FP16 unless the checkpoint says FP8."""
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * shape.cache_bytes
 
 
 def decoder_tensor_bytes(shape: DecoderShape, model: Model, precision: Precision) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from build_engines.cards import MIB, Card
-from build_engines.decoder_memory import cache_bytes_per_token, decoder_engine_memory
+from build_engines.decoder_memory import cache_bytes_per_token, decoder_engine_memory, llm_memory
 from build_engines.errors import PlanError
 from build_engines.memory import EngineMemory, engine_memory
 from build_engines.profiles import DecoderProfile, Profile, decoder_profile, engine_profile
@@ -262,7 +262,8 @@ def _engines(stack: Stack, shapes: dict[str, Shape]) -> Iterator[EnginePlan]:
             profile: Profile | DecoderProfile
             if isinstance(shape, DecoderShape):
                 profile, per_token = decoder_profile(model), cache_bytes_per_token(shape)
-                memory = decoder_engine_memory(model, shape, precision, context)
+                of = llm_memory if model.target else decoder_engine_memory
+                memory = of(model, shape, precision, context)
             else:
                 profile, per_token = engine_profile(model), 0
                 memory = engine_memory(model, shape, precision, context)

@@ -73,6 +73,8 @@ def _change(stack: Stack, models: list[Model]) -> Stack:
 
 
 def _to_eight_bit(model: Model) -> Model:
+    if model.target:  # a checkpoint is served as it is stored
+        return model
     smallest: Precision = "int8-weights" if model.task == "generate" else "int8"
     kept = tuple(p for p in model.precisions if p in _EIGHT_BIT) or (smallest,)
     # An FP32 engine is not on the card: it stays.

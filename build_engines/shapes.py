@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, cast
 
 from build_engines.errors import PlanError
+from build_engines.modelopt import read_stored
 from build_engines.stack import (
     DECODER_FAMILIES,
     FAMILIES,
@@ -69,6 +71,9 @@ def resolve_shape(stack: Stack, model: Model) -> Shape:
     if config.is_file():
         generates = model.task == "generate"
         shape = read_decoder_shape(config) if generates else read_shape(config, model.task)
+        if model.target and isinstance(shape, DecoderShape):
+            stored = read_stored(config.parent, model)
+            shape = replace(shape, cache_bytes=stored.cache_bytes, stored_bytes=stored.weight_bytes)
         where = str(config)
     elif model.shape is not None:
         shape, where = model.shape, f"models.{model.name}.shape"

@@ -51,7 +51,8 @@ MODEL_KEYS: Final = tuple(f.name for f in dataclass_fields(Model) if f.name not 
 CALIBRATION_KEYS: Final = tuple(f.name for f in dataclass_fields(Calibration))
 QUEUE_KEYS: Final = tuple(f.name for f in dataclass_fields(Queue))
 SHAPE_KEYS: Final = tuple(f.name for f in dataclass_fields(ModelShape))
-DECODER_SHAPE_KEYS: Final = tuple(f.name for f in dataclass_fields(DecoderShape))
+# The last two are read off a checkpoint alone.
+DECODER_SHAPE_KEYS: Final = tuple(f.name for f in dataclass_fields(DecoderShape))[:-2]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,95})?")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")

@@ -161,6 +161,9 @@ class DecoderShape:
 
     `kv_heads`: heads of key and value, which `heads` share in groups. `positions`: tokens that a sequence
     can have. `tied`: the checkpoint's output projection is its embedding table.
+
+    Of a checkpoint that TensorRT-LLM serves: `cache_bytes` of one key or value, and `stored_bytes` of all its
+    tensors (0: not there yet).
     """
 
     family: DecoderFamily
@@ -174,6 +177,8 @@ class DecoderShape:
     positions: int
     tied: bool = False
     qkv_bias: bool = False
+    cache_bytes: int = 2
+    stored_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

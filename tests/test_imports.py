@@ -35,7 +35,7 @@ LAYERS: list[dict[str, tuple[str, ...]]] = [
     {"basics": ("atomic", "cards", "metrics", "stack_fields")},
     {"stack": ("stack", "stack_model", "stack_types")},
     {
-        "plan": ("plan", "memory", "decoder_memory", "profiles", "proposals", "shapes"),
+        "plan": ("plan", "memory", "decoder_memory", "modelopt", "profiles", "proposals", "shapes"),
         "fetch": ("fetch", "fetch_convert", "fetch_hub", "fetch_rules"),
         "manifest": ("manifest",),
         "gates": ("gates",),
