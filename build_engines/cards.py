@@ -13,6 +13,8 @@ MIB = 1024 * 1024
 
 # TensorRT-RTX compiles ahead of time for these and for no others (its ComputeCapability enumeration).
 RTX_COMPUTE_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+# Its default set ("portable"), compiled for several generations at once, runs from here on.
+PORTABLE_FROM = (8, 0)
 # What an NVIDIA GPU that TensorRT still supports can report: anything else is a typing mistake.
 KNOWN_COMPUTE_CAPABILITIES = (*RTX_COMPUTE_CAPABILITIES, "8.7", "9.0", "10.0", "10.3", "11.0")
 
@@ -29,6 +31,12 @@ class Card:
     @property
     def memory_bytes(self) -> int:
         return self.memory_mib * MIB
+
+
+def capability_at_least(compute_capability: str, least: tuple[int, int]) -> bool:
+    """Whether "major.minor" is `least` or newer."""
+    major, _, minor = compute_capability.partition(".")
+    return (int(major), int(minor)) >= least
 
 
 def _card(name: str, title: str, memory_mib: int, compute_capability: str) -> Card:

@@ -15,8 +15,10 @@ from typing import cast
 from build_engines.cards import (
     CARDS,
     KNOWN_COMPUTE_CAPABILITIES,
+    PORTABLE_FROM,
     RTX_COMPUTE_CAPABILITIES,
     Card,
+    capability_at_least,
     custom_card,
 )
 from build_engines.errors import StackError
@@ -65,7 +67,7 @@ from build_engines.stack_types import (
 )
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
-_STACK_KEYS = ("name", "card", "targets", "reserve_mib", "context_mib", "models")
+_STACK_KEYS = ("name", "card", "targets", "portable", "reserve_mib", "context_mib", "models")
 _CUSTOM_CARD_KEYS = ("memory_mib", "compute_capability")
 
 
@@ -85,12 +87,7 @@ def load_stack(path: Path, *, build_dir: Path | None = None) -> Stack:
             hint='write target = "tensorrt-llm" into the [models.<name>] table of an LLM',
         )
     targets = cast(tuple[Target, ...], top.choices("targets", TARGETS, ("onnxruntime",)))
-    if "tensorrt-rtx" in targets and card.compute_capability not in RTX_COMPUTE_CAPABILITIES:
-        raise top.bad(
-            "targets",
-            f"names tensorrt-rtx, which does not compile for compute capability {card.compute_capability}",
-            allowed=f"tensorrt-rtx with {one_of(RTX_COMPUTE_CAPABILITIES)}; else onnxruntime, tensorrt",
-        )
+    portable = _portable(top, card, targets)
     models = _models(top, card)
     for model in models.values():
         if "fp32" in model.precisions and "onnxruntime" not in targets:
@@ -103,8 +100,37 @@ def load_stack(path: Path, *, build_dir: Path | None = None) -> Stack:
         models=models,
         reserve_mib=top.integer("reserve_mib", 0, 1 << 20, DEFAULT_RESERVE_MIB, unit="MiB"),
         context_mib=top.integer("context_mib", 0, 1 << 20, DEFAULT_CONTEXT_MIB, unit="MiB"),
+        portable=portable,
         build_dir=build_dir if build_dir is not None else Path("build") / name,
     )
+
+
+def _portable(top: Table, card: Card, targets: tuple[Target, ...]) -> bool:
+    """Whether TensorRT-RTX compiles for several generations at once; refuses a card that its engines miss."""
+    portable = top.flag("portable", False)
+    capability = card.compute_capability
+    if portable and "tensorrt-rtx" not in targets:
+        raise top.bad(
+            "portable",
+            "is for TensorRT-RTX engines, and targets does not name tensorrt-rtx",
+            hint='remove it, or add "tensorrt-rtx" to targets',
+        )
+    if portable and not capability_at_least(capability, PORTABLE_FROM):
+        raise top.bad(
+            "portable",
+            f"makes engines for compute capability 8.0 and newer, and the card has {capability}",
+            hint="remove it: the engines are then compiled for this card",
+        )
+    if "tensorrt-rtx" in targets and not portable and capability not in RTX_COMPUTE_CAPABILITIES:
+        raise top.bad(
+            "targets",
+            f"names tensorrt-rtx, which does not compile for compute capability {capability}",
+            allowed=f"tensorrt-rtx with {one_of(RTX_COMPUTE_CAPABILITIES)}; else onnxruntime, tensorrt",
+            hint="portable = true compiles for 8.0, 8.6, 8.9, 12.0 and later, and runs perhaps on others"
+            if capability_at_least(capability, PORTABLE_FROM)
+            else None,
+        )
+    return portable
 
 
 def _stack_name(top: Table, path: Path) -> str:

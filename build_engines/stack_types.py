@@ -235,6 +235,7 @@ class Stack:
     """A whole stack file. `path` is the file; `build_dir` is where every stage writes.
 
     `reserve_mib`: what the driver and a desktop take of the card; `context_mib`: one process's CUDA context.
+    `portable`: TensorRT-RTX engines run on every card from compute capability 8.0 on, not on `card` alone.
     """
 
     name: str
@@ -244,6 +245,7 @@ class Stack:
     models: dict[str, Model]
     reserve_mib: int
     context_mib: int = DEFAULT_CONTEXT_MIB
+    portable: bool = False
     build_dir: Path
 
     def checkpoint_dir(self, model: Model) -> Path:

@@ -36,7 +36,8 @@ def build_stack(
     Raises:
         OnecardError: what a stage raises. Finished stages are kept, so the next run goes on from there.
     """
-    chosen = [get_target(name) for name in (stack.targets if targets is None else targets)]
+    names = stack.targets if targets is None else targets
+    chosen = [get_target(name, portable=stack.portable) for name in names]
     for target in chosen:
         target.check()  # before hours of work, not after
     stack = resolve_open(stack)

@@ -38,8 +38,11 @@ class Target(Protocol):
     ) -> dict[str, Any]: ...
 
 
-def get_target(name: str) -> Target:
-    """The target called `name`; imports only that target's module."""
+def get_target(name: str, *, portable: bool = False) -> Target:
+    """The target called `name`; imports only that target's module.
+
+    `portable`: TensorRT-RTX compiles for compute capability 8.0 and newer; no other target has that.
+    """
     if name == "onnxruntime":
         from build_engines.targets.onnxruntime import OnnxRuntimeTarget
 
@@ -51,7 +54,7 @@ def get_target(name: str) -> Target:
     if name in {"tensorrt", "tensorrt-rtx"}:
         from build_engines.targets.tensorrt import TensorRTTarget
 
-        return TensorRTTarget(name)
+        return TensorRTTarget(name, portable=portable and name == "tensorrt-rtx")
     raise CompileError(f"there is no target called {name!r}", next_step="see docs/targets.md for the targets")
 
 

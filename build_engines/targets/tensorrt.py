@@ -39,9 +39,11 @@ class TensorRTTarget:
     engine_file = "engine.trt"
     needs_card = True
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, portable: bool = False) -> None:
+        """`portable` (TensorRT-RTX alone): for the library's default set of cards, not for one."""
         self.name = name
         self.ahead_of_time = name == "tensorrt-rtx"
+        self.portable = portable
 
     def check(self) -> None:
         """Raise CompileError unless the library is installed and, for full TensorRT, a GPU is here."""
@@ -83,7 +85,9 @@ class TensorRTTarget:
         trt = _load(self.name)
         self._check_card(trt, compute_capability)
         started = time.perf_counter()
-        job = _job(trt, graph, profile, compute_capability if self.ahead_of_time else None, progress)
+        # Asked for no card, TensorRT-RTX compiles for all of its default set.
+        one_card = self.ahead_of_time and not self.portable
+        job = _job(trt, graph, profile, compute_capability if one_card else None, progress)
         engine = out / self.engine_file
         build = _run(job, engine, decompose=False)
         if build.failed and build.lacks_kernel:
@@ -110,6 +114,8 @@ class TensorRTTarget:
     def _check_card(self, trt: Any, compute_capability: str | None) -> None:
         if compute_capability is None:
             raise CompileError(f"the target {self.name} needs the card's compute capability")
+        if self.portable:
+            return
         if self.ahead_of_time:
             _capability(trt, compute_capability)
             return

@@ -324,6 +324,25 @@ def test_what_is_not_toml(tmp_path: Path, content: str | bytes, words: str) -> N
     assert words in _refused(tmp_path, content)
 
 
+def test_portable_engines(tmp_path: Path) -> None:
+    """For a card that TensorRT-RTX knows, and for one that it does not compile for by itself."""
+    assert not load_stack(_write(tmp_path, VALID)).portable
+    content = _changed("portable", True)
+    assert load_stack(_write(tmp_path, content)).portable
+    content["card"] = {"memory_mib": 143_771, "compute_capability": "9.0"}
+    assert load_stack(_write(tmp_path, content)).portable
+    content["portable"] = False
+    assert "portable = true compiles for 8.0" in _refused(tmp_path, content)
+
+
+def test_portable_where_it_means_nothing(tmp_path: Path) -> None:
+    content = _changed("portable", True)
+    assert "the card has 7.5" in _refused(tmp_path, {**content, "card": "t4"})
+    content["targets"] = ["onnxruntime", "tensorrt"]
+    assert "targets does not name tensorrt-rtx" in _refused(tmp_path, content)
+    assert "portable is 1" in _refused(tmp_path, _changed("portable", 1))
+
+
 def test_huge_numbers_and_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "reserve_mib is <int>" in _refused(
         tmp_path, 'card = "t4"\nmodels.a = {task = "embed", source = "a/b"}\nreserve_mib = 0x' + "f" * 10_000

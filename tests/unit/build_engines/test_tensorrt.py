@@ -109,6 +109,20 @@ def test_engines_compile_for_every_card_without_a_gpu(
     assert ("QUANTIZE" in result["layers"]) == (precision == "int8")
 
 
+def test_portable_engines_are_for_all_cards_from_8_0_on(graphs: dict[str, Path], tmp_path: Path) -> None:
+    """The library's default set, whatever the stack's card; at the size and activations of one card's."""
+    single = compile_to(tmp_path, graphs["int8"], "12.0")
+    size = read_header(tmp_path / "engine.trt").size
+    target = TensorRTTarget("tensorrt-rtx", portable=True)
+    found = target.compile(
+        graphs["int8"], tmp_path, profile=PROFILE, compute_capability="9.0", progress=quiet
+    )
+    header = read_header(tmp_path / "engine.trt")
+    assert header.compute_capabilities[:4] == ("8.0", "8.6", "8.9", "12.0")
+    assert abs(header.size - size) < 0.02 * size
+    assert found["activation_bytes"] == single["activation_bytes"]
+
+
 def test_the_builder_states_its_memory(graphs: dict[str, Path], tmp_path: Path) -> None:
     """Weights are the graph's; activations grow with the profile, so the plan can be held to them."""
     small = compile_to(tmp_path, graphs["fp16"])
