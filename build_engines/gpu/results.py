@@ -32,7 +32,7 @@ class Row:
     `case`: what was run ("32 x 128", "decode, 8 at once"). `contender`: who ran it. `way`: "device" when
     inputs and outputs stay on the GPU, "host" when arrays come from and go to the host's memory as a server
     has them. `limit`: what the hardware allows for the same work, in the same unit; `spread`: the tenth and
-    the ninetieth percentile; `runs`: how many runs the median is of.
+    the ninetieth percentile; `runs`: how many runs the median is of. `note`: what a reader should know beside it.
     """
 
     part: Part
@@ -45,6 +45,7 @@ class Row:
     limit: float | None = None
     spread: tuple[float, float] | None = None
     runs: int = 0
+    note: str = ""
     status: Status = "measured"
     reason: str = ""
 
@@ -56,7 +57,7 @@ class Row:
         return self.limit / self.value if self.unit in {"ms", "us"} else self.value / self.limit
 
     def as_dict(self) -> dict[str, Any]:
-        found = {key: value for key, value in asdict(self).items() if value not in (None, "", 0)}
+        found = {key: value for key, value in asdict(self).items() if value is not None and value != ""}
         if self.share is not None:
             found["share_of_limit"] = round(self.share, 4)
         return found

@@ -1,0 +1,97 @@
+"""The engines' side: opened as they are served, timed with arrays on the host and with all data on the GPU.
+
+Runs in a side process of its own, one for each target.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from build_engines.gpu.timing import Run, encoder_arrays, prompts, timed_runs
+
+# In the side process: what it has loaded, by contender.
+_loaded: dict[str, Any] = {}
+
+
+def load_encoder(contender: str, folder: Path, device: int) -> dict[str, Any]:
+    """Open the engine; returns seconds that took."""
+    from triton_repo.runtime.engines import open_encoder_engine
+
+    started = time.perf_counter()
+    _loaded[contender] = open_encoder_engine(folder, device=device)
+    return {"seconds": time.perf_counter() - started}
+
+
+def time_encoder(
+    contender: str, way: str, shape: tuple[int, int], vocabulary: int, seconds: float
+) -> list[float]:
+    """Seconds of each run at `shape`."""
+    engine = _loaded[contender]
+    arrays = encoder_arrays(engine.manifest["serving"]["inputs"], *shape, vocabulary)
+    if way == "host":
+        return timed_runs(lambda: engine.run(arrays), seconds)
+    return timed_runs(_on_device(engine, arrays), seconds)
+
+
+def _on_device(engine: Any, arrays: Any) -> Run:
+    """One run with inputs and outputs in the GPU's memory, where the engine can."""
+    from build_engines.gpu.results import Skipped
+
+    prepare: Callable[[Any], Run] | None = getattr(engine, "on_device", None)
+    if prepare is None:
+        raise Skipped("this engine runs from host memory only")
+    return prepare(arrays)
+
+
+# --- LLM ------------------------------------------------------------------------------------------------------
+
+
+def load_decoder(contender: str, folder: Path, device: int) -> dict[str, Any]:
+    """Open the engine with its cache; returns seconds that took and its sizes."""
+    from triton_repo.runtime.engines import open_decoder_engine
+
+    started = time.perf_counter()
+    engine = _loaded[contender] = open_decoder_engine(folder, device=device)
+    return {"seconds": time.perf_counter() - started, "slots": engine.slots, "capacity": engine.capacity}
+
+
+def time_prompt(contender: str, length: int, vocabulary: int, seconds: float) -> list[float]:
+    """Seconds from a prompt on the host to its first token, one sequence, in the engine's own chunks."""
+    engine = _loaded[contender]
+    prompt = prompts(1, length, vocabulary)[0].tolist()
+    return timed_runs(lambda: _prefilled(engine, 0, prompt), seconds)
+
+
+def time_decode(contender: str, batch: int, prompt: int, new: int, vocabulary: int) -> list[float]:
+    """Seconds of each of `new` greedy steps after prompts of one length; logits reach the host."""
+    engine = _loaded[contender]
+    rows = prompts(batch, prompt, vocabulary)
+    tokens = [_prefilled(engine, slot, row.tolist()) for slot, row in enumerate(rows)]
+    times = []
+    for step in range(new):
+        started = time.perf_counter()
+        logits = engine.decode(range(batch), tokens, [prompt + step] * batch)
+        tokens = logits.argmax(axis=1).tolist()
+        times.append(time.perf_counter() - started)
+    return times
+
+
+def _prefilled(engine: Any, slot: int, prompt: list[int]) -> int:
+    for start in range(0, len(prompt), engine.chunk):
+        logits = engine.prefill(slot, prompt[start : start + engine.chunk], start)
+    return int(logits.argmax())
+
+
+def drop(contender: str) -> None:
+    """Close an engine, so that its memory is free for the next."""
+    import gc
+
+    engine = _loaded.pop(contender, None)
+    close = getattr(engine, "close", None)
+    if close is not None:
+        close()
+    del engine
+    gc.collect()
