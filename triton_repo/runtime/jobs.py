@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
+
+import numpy as np
 
 from triton_repo.runtime.delivery import Delta, Outbox
 from triton_repo.runtime.sampling import FloatArray, Sampler, SamplingParams
 from triton_repo.runtime.slots import TokenArray
+from triton_repo.runtime.texts import BadRequest
+
+# The rate of tokens is that of so many whole seconds past.
+_RATE_SECONDS = 5
 
 
 class Busy(Exception):
@@ -54,21 +61,18 @@ class Request:
 
 
 @dataclass(slots=True, eq=False)
-class Sample:
-    """One of a request's n answers."""
+class Written:
+    """One of a request's n answers, as far as it is: of at most `limit` tokens."""
 
     job: Job
     index: int
-    sampler: Sampler
     text: TextOut
-    slot: int
     limit: int
     last: int = -1  # the newest token; it is not in the cache yet
     count: int = 0
 
-    def accept(self, logits: FloatArray) -> Delta:
-        """Choose the next token. Raises EngineFailed for logits that are no numbers."""
-        token, logprob = self.sampler.sample(logits)
+    def take(self, token: int, logprob: float | None = None) -> Delta:
+        """The next token, whoever chose it."""
         self.last = token
         self.count += 1
         reason = ""
@@ -88,6 +92,79 @@ class Sample:
             return self.text.flush()
         except Exception:  # it may be the reason why the request ends
             return ""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Sample(Written):
+    """An answer whose tokens are chosen here."""
+
+    sampler: Sampler
+    slot: int
+
+    def accept(self, logits: FloatArray) -> Delta:
+        """Choose the next token. Raises EngineFailed for logits that are no numbers."""
+        return self.take(*self.sampler.sample(logits))
+
+
+class Room(Protocol):
+    """What an engine has room for: rows of the cache, tokens in each, and the tokens it knows."""
+
+    slots: int
+    capacity: int
+    vocabulary: int
+
+
+def checked_prompt(request: Request, room: Room) -> TokenArray:
+    """The request's prompt, if it can ever run here. Raises BadRequest that names the field."""
+    request.params.validate()
+    params, count = request.params, len(request.prompt)
+    if not count:
+        raise BadRequest("the prompt has no tokens")
+    if count > room.capacity:
+        raise BadRequest(f"the prompt has {count} tokens; a slot of this model holds {room.capacity}")
+    if params.n > room.slots:
+        raise BadRequest(f"'n' is {params.n}; this model has {room.slots} slots")
+    last = room.vocabulary - 1
+    if max(params.stop_token_ids, default=0) > last:
+        raise BadRequest(f"'stop_token_ids' has {max(params.stop_token_ids)}; the model knows 0 to {last}")
+    prompt = np.asarray(request.prompt, dtype=np.int64)
+    if prompt.min() < 0 or prompt.max() > last:
+        wrong = int(prompt[(prompt < 0) | (prompt > last)][0])
+        raise BadRequest(f"the prompt has token {wrong}; the model knows 0 to {last}")
+    return prompt.astype(np.int32)
+
+
+class Counts:
+    """What became of the requests of one model: running totals, and the rate of the last seconds' tokens."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self.prompt = self.cached = self.generated = 0
+        self.outcomes = dict.fromkeys(("completed", "cancelled", "failed", "refused", "expired"), 0)
+        self._rate: deque[tuple[int, int]] = deque(maxlen=_RATE_SECONDS + 1)
+
+    def start(self, job: Job) -> None:
+        """The prompt of `job` is being read, less what was found in the cache."""
+        self.prompt += len(job.prompt)
+        self.cached += job.cached
+
+    def generate(self, tokens: int) -> None:
+        self.generated += tokens
+        second = int(self._clock())
+        if self._rate and self._rate[-1][0] == second:
+            tokens += self._rate.pop()[1]
+        self._rate.append((second, tokens))
+
+    def snapshot(self) -> dict[str, Any]:
+        now = int(self._clock())
+        recent = sum(count for second, count in tuple(self._rate) if now - _RATE_SECONDS <= second < now)
+        return {
+            "tokens_per_second": recent / _RATE_SECONDS,
+            "prompt_tokens_total": self.prompt,
+            "cached_tokens_total": self.cached,
+            "generated_tokens_total": self.generated,
+            "requests_total": dict(self.outcomes),
+        }
 
 
 @dataclass(slots=True, eq=False)

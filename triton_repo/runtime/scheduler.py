@@ -17,16 +17,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-import numpy as np
-
 from triton_repo.runtime.delivery import Delivers, Delivery, Delta, Outbox
-from triton_repo.runtime.jobs import Busy, Handle, Job, Request, Sample
+from triton_repo.runtime.jobs import Busy, Counts, Handle, Job, Request, Sample, checked_prompt
 from triton_repo.runtime.sampling import FloatArray, Sampler
-from triton_repo.runtime.slots import SlotTable, TokenArray
+from triton_repo.runtime.slots import SlotTable
 from triton_repo.runtime.texts import BadRequest, EngineFailed
-
-# The rate of tokens is that of so many whole seconds past.
-_RATE_SECONDS = 5
 
 
 class DecodesTokens(Protocol):
@@ -74,9 +69,7 @@ class Scheduler:
         self._running: list[Sample] = []
         self._closing = False
         self._thread: threading.Thread | None = None
-        self._totals = {"prompt": 0, "cached": 0, "generated": 0}
-        self._outcomes = dict.fromkeys(("completed", "cancelled", "failed", "refused", "expired"), 0)
-        self._rate: deque[tuple[int, int]] = deque(maxlen=_RATE_SECONDS + 1)
+        self._counts = Counts(clock)
 
     # From any thread.
 
@@ -86,7 +79,7 @@ class Scheduler:
         Raises BadRequest for what can never run here (naming the field), Busy when the queue is full.
         """
         try:
-            prompt = self._checked(request)
+            prompt = checked_prompt(request, self._engine)
         except BadRequest:
             self.refuse()
             raise
@@ -96,7 +89,7 @@ class Scheduler:
                 raise Busy("the model is being unloaded")
             waiting = len(self._queue)
             if waiting >= self._max_queue + self._table.free:
-                self._outcomes["refused"] += 1
+                self._counts.outcomes["refused"] += 1
                 raise Busy(f"the queue is full: {waiting} requests are waiting for a slot; try again later")
             self._queue.append(job)
             self._changed.notify()
@@ -105,23 +98,17 @@ class Scheduler:
     def refuse(self) -> None:
         """Count a bad request that did not come as far as `submit`."""
         with self._changed:
-            self._outcomes["refused"] += 1
+            self._counts.outcomes["refused"] += 1
 
     def snapshot(self) -> dict[str, Any]:
         """Gauges and running totals; `requests_total` by outcome."""
-        now = int(self._clock())
-        recent = sum(count for second, count in tuple(self._rate) if now - _RATE_SECONDS <= second < now)
         return {
             "slots": self._table.slots,
             "slots_active": self._table.slots - self._table.free,
             "queue": len(self._queue),
             "cache_tokens": self._table.cached,
             "cache_capacity_tokens": self._table.slots * self._table.capacity,
-            "tokens_per_second": recent / _RATE_SECONDS,
-            "prompt_tokens_total": self._totals["prompt"],
-            "cached_tokens_total": self._totals["cached"],
-            "generated_tokens_total": self._totals["generated"],
-            "requests_total": dict(self._outcomes),
+            **self._counts.snapshot(),
         }
 
     def start(self) -> None:
@@ -144,26 +131,6 @@ class Scheduler:
         with self._changed:
             self._cancelled.append(job)
             self._changed.notify()
-
-    def _checked(self, request: Request) -> TokenArray:
-        request.params.validate()
-        engine, params, count = self._engine, request.params, len(request.prompt)
-        if not count:
-            raise BadRequest("the prompt has no tokens")
-        if count > engine.capacity:
-            raise BadRequest(f"the prompt has {count} tokens; a slot of this model holds {engine.capacity}")
-        if params.n > engine.slots:
-            raise BadRequest(f"'n' is {params.n}; this model has {engine.slots} slots")
-        last = engine.vocabulary - 1
-        if max(params.stop_token_ids, default=0) > last:
-            raise BadRequest(
-                f"'stop_token_ids' has {max(params.stop_token_ids)}; the model knows 0 to {last}"
-            )
-        prompt = np.asarray(request.prompt, dtype=np.int64)
-        if prompt.min() < 0 or prompt.max() > last:
-            wrong = int(prompt[(prompt < 0) | (prompt > last)][0])
-            raise BadRequest(f"the prompt has token {wrong}; the model knows 0 to {last}")
-        return prompt.astype(np.int32)
 
     # From the scheduler's thread.
 
@@ -241,14 +208,13 @@ class Scheduler:
             text = request.open_text()
             # The prompt's last token is computed in any case: its logits are wanted.
             slot = self._table.take(job.prompt, length - 1 if index == 0 else length)
-            job.open[index] = Sample(job, index, sampler, text, slot, limit)
+            job.open[index] = Sample(job, index, text, limit, sampler=sampler, slot=slot)
         first = job.samples[0].slot
         source = self._table.source(job.prompt, length - 1, first)
         if source:
             self._copy(source[0], first, source[1])
         job.cached = self._table.length(first)
-        self._totals["prompt"] += length
-        self._totals["cached"] += job.cached
+        self._counts.start(job)
         return job
 
     def _prefill_chunk(self, job: Job) -> FloatArray | None:
@@ -311,7 +277,7 @@ class Scheduler:
     def _deliver(self, batch: list[tuple[Outbox, Delta]]) -> None:
         """Post deltas of one token each, and count those."""
         self._delivery.post(batch)
-        self._count(len(batch))
+        self._counts.generate(len(batch))
 
     def _end_sample(self, sample: Sample, delta: Delta) -> Delta:
         """Free the slot; the request's last delta gets the usage."""
@@ -322,7 +288,7 @@ class Scheduler:
         if job.open:
             return delta
         job.state = "done"
-        self._outcomes["completed"] += 1
+        self._counts.outcomes["completed"] += 1
         return replace(delta, usage=job.usage(self._clock()))
 
     def _end(self, job: Job, reason: str, error: Exception | None = None, *, forget: bool = False) -> None:
@@ -344,7 +310,7 @@ class Scheduler:
         job.open.clear()
         deltas[-1] = replace(deltas[-1], usage=job.usage(self._clock()))
         outcome = "cancelled" if reason == "cancelled" else "expired" if isinstance(error, Busy) else "failed"
-        self._outcomes[outcome] += 1
+        self._counts.outcomes[outcome] += 1
         self._delivery.post([(job.outbox, delta) for delta in deltas])
 
     def _end_all(self, reason: str) -> None:
@@ -362,10 +328,3 @@ class Scheduler:
     def _started(self) -> list[Job]:
         jobs = [sample.job for sample in self._running] + [self._prefilling]
         return list(dict.fromkeys(job for job in jobs if job))
-
-    def _count(self, tokens: int) -> None:
-        self._totals["generated"] += tokens
-        second = int(self._clock())
-        if self._rate and self._rate[-1][0] == second:
-            tokens += self._rate.pop()[1]
-        self._rate.append((second, tokens))
