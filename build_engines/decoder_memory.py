@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Final
 
 from build_engines.memory import HALF, EngineMemory
-from build_engines.profiles import DecoderProfile, decoder_profile
+from build_engines.profiles import LOGIT_ROWS, DecoderProfile, decoder_profile
 from build_engines.stack import MAX_CAPACITY, DecoderShape, Model, Precision
 
 # Kernels and plan data that the engine file carries beside the weights: a constant, and per layer.
@@ -127,9 +127,9 @@ def decoder_activation_bytes(shape: DecoderShape, precision: Precision, profile:
     """Scratch memory of an execution context that runs both profiles, one after the other: the larger.
 
     Decoding needs little beside the matrix kernels' workspace. In a prefill step (planned for the two rows
-    that its profile allows) the larger of three moments decides: attention, whose kernel wants keys and
+    that its profile allows) the largest of four moments decides: attention, whose kernel wants keys and
     values repeated for every query head over the whole slot; the time before it, when one of them is and the
-    workspace is still held; and the FFN.
+    workspace is still held; the FFN; and the logits.
     """
     quantized = precision == "int8-weights"
     width = shape.heads * shape.head_dim
@@ -141,11 +141,14 @@ def decoder_activation_bytes(shape: DecoderShape, precision: Precision, profile:
     mask = 2 * profile.capacity
     attention = repeated + tokens * (mask + 6 * width + (8 if quantized else 6) * shape.hidden)
     before = repeated // 2 + tokens * (mask + 4 * width + 2 * shape.ffn)
-    prefill = max(attention, before + _WORKSPACE, tokens * ffn + _WORKSPACE)
+    logits = 2 * LOGIT_ROWS * HALF * shape.vocabulary + 10 * tokens * shape.hidden
+    prefill = max(attention, before + _WORKSPACE, tokens * ffn + _WORKSPACE, logits + _WORKSPACE)
     return max(decode, prefill) + 2 * HALF * shape.vocabulary + (1 << 20)
 
 
 def _buffer_bytes(shape: DecoderShape, profile: DecoderProfile) -> int:
-    """Int64 ids, lengths and positions of either step, and FP32 logits of every slot."""
+    """Int64 ids, lengths and positions of either step, FP32 logits, a row to swap through."""
     rows = max(2, profile.slots)
-    return 8 * (max(rows, 2 * profile.chunk) + 2 * rows) + 4 * rows * shape.vocabulary
+    spare = HALF * shape.kv_heads * profile.capacity * shape.head_dim
+    logits = 4 * max(rows, LOGIT_ROWS) * shape.vocabulary
+    return 8 * (max(rows, 2 * profile.chunk) + 2 * max(rows, LOGIT_ROWS)) + logits + spare

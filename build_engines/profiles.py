@@ -12,6 +12,9 @@ Range = tuple[int, int, int]
 _OPT_BATCH: Final = 8
 _OPT_SEQUENCE: Final = 64
 _ONE: Final = (1, 1, 1)
+# Positions of a prompt whose logits one run gives: serving wants the last one's, a gate every one's. Eight
+# cost no memory: at no shape was their moment the largest of a prefill step.
+LOGIT_ROWS: Final = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +57,9 @@ class DecoderProfile:
         is not, and an engine with both stores most of them twice (1.6 times the weights); and it widens the
         whole INT8 head ahead of its product.
         """
+        logits = (1, 1, min(LOGIT_ROWS, self.chunk))
         decode = {"batch": (1, self.slots, max(2, self.slots)), "sequence": _ONE, "logits": _ONE}
-        prefill = {"batch": (1, 1, 2), "sequence": (1, self.chunk, self.chunk), "logits": _ONE}
+        prefill = {"batch": (1, 1, 2), "sequence": (1, self.chunk, self.chunk), "logits": logits}
         return decode, prefill
 
     def as_dict(self) -> dict[str, int]:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _CACHES: Final = "past_key."
 _LARGE: Final = 1_000_000_000
 _MOST: Final = 1.03
+_HALF: Final = 2
+_ALIGNMENT: Final = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +90,8 @@ def read_decoder(graph: Path, capacity: int) -> DecoderNetwork:
             next_step='use the target "onnxruntime" for it, or the precision "fp16" or "int8-weights"',
         )
     fix_dimension(model, "capacity", capacity)
+    if caches:
+        _check_alignment(caches[0], graph.name)
     _split_unevenly(model)
     return DecoderNetwork(
         model=model.SerializeToString(),
@@ -95,6 +99,18 @@ def read_decoder(graph: Path, capacity: int) -> DecoderNetwork:
         head_size=caches[0].type.tensor_type.shape.dim[-1].dim_value if caches else 0,
         weight_bytes=sum(_stored_bytes(tensor) for tensor in model.graph.initializer),
     )
+
+
+def _check_alignment(cache: onnx.ValueInfoProto, graph: str) -> None:
+    """Raise CompileError unless a tensor may begin at any row of the cache."""
+    heads, capacity, head_dim = (size.dim_value for size in cache.type.tensor_type.shape.dim[1:])
+    row = _HALF * heads * capacity * head_dim
+    if row % _ALIGNMENT:
+        raise CompileError(
+            f"{graph}: a slot of {capacity} tokens takes {row} bytes of a cache",
+            cause=f"TensorRT wants tensors at multiples of {_ALIGNMENT} bytes, and slots lie side by side",
+            next_step="set max_length to a multiple of 8",
+        )
 
 
 def _split_unevenly(model: onnx.ModelProto) -> None:

@@ -27,6 +27,8 @@ SIZES: dict[str, dict[str, int]] = {
     "small": {"layers": 2, "hidden": 64, "ffn": 96, "vocabulary": 211, "kv_heads": 2},
     # Wide enough that weights stored twice would show beside the kernels.
     "wide": {"layers": 2, "hidden": 512, "ffn": 1408, "vocabulary": 4000, "kv_heads": 2},
+    # So many words that the logits of a prompt would be the most of a step.
+    "words": {"layers": 1, "hidden": 128, "ffn": 256, "vocabulary": 60_000, "kv_heads": 2},
     "equal": {"layers": 2, "hidden": 1024, "ffn": 1024, "vocabulary": 500, "kv_heads": 4},
 }
 HEADS = 4
@@ -126,17 +128,19 @@ def test_a_graph_becomes_one_engine_for_both_steps(made: Made, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8-weights"])
-@pytest.mark.parametrize("slots", [1, 6])
-def test_the_engine_takes_what_the_plan_says(made: Made, tmp_path: Path, precision: Any, slots: int) -> None:
+@pytest.mark.parametrize(("size", "slots"), [("wide", 1), ("wide", 6), ("words", 4)])
+def test_the_engine_takes_what_the_plan_says(
+    made: Made, tmp_path: Path, precision: Any, size: str, slots: int
+) -> None:
     """Nothing is stored twice and no weight is widened ahead of its use; one slot is no exception."""
-    graph = made("wide", precision)
+    graph = made(size, precision)
     model = Model(
         name="m", task="generate", source="a/b", precisions=(precision,), slots=slots, max_length=512
     )
     found = _compile(graph, tmp_path, decoder_profile(model))
     memory = decoder_engine_memory(model, read_decoder_shape(graph.parents[1] / "config.json"), precision, 0)
-    size = (tmp_path / "engine.trt").stat().st_size
-    assert abs(memory.weights - size) <= max(0.01 * size, 1 << 20), (memory.weights, size)
+    stored = (tmp_path / "engine.trt").stat().st_size
+    assert abs(memory.weights - stored) <= max(0.01 * stored, 1 << 20), (memory.weights, stored)
     measured = found["activation_bytes"]
     assert measured <= memory.activations <= 1.2 * measured + (10 << 20), (memory.activations, measured)
 
@@ -182,6 +186,11 @@ def test_what_cannot_be_compiled_is_refused_by_name(made: Made, tmp_path: Path) 
     narrow = _write(tmp_path / "narrow", tmp_path / "narrow" / "model.onnx", "fp16")
     with pytest.raises(CompileError, match="no fused attention for heads of 12 elements"):
         _compile(narrow, tmp_path, profile)
+    # Two heads of 16 elements: 64 bytes a token, and a row of the cache must begin where a tensor may.
+    with pytest.raises(CompileError, match="a slot of 33 tokens takes 2112 bytes") as caught:
+        read_decoder(made("small", "fp16"), 33)
+    assert "multiple of 8" in str(caught.value)
+    assert read_decoder(made("small", "fp16"), 36).layers == 2
     with pytest.raises(ArtifactError, match="cannot be read"):
         read_decoder(tmp_path / "none.onnx", 32)
     (tmp_path / "broken.onnx").write_bytes(b"no graph")
