@@ -74,28 +74,36 @@ def main() -> None:
     help="Where the engines are [default: build/<stack name>].",
 )
 @click.option("--target", default="onnxruntime", show_default=True, help="Which engines to serve.")
+@click.option("--native", is_flag=True, help="Triton's TensorRT backend runs the encoders (target tensorrt).")
 @click.option("--out", type=click.Path(path_type=Path), help="Default: <build dir>/repository.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def write(stack: Path, build_dir: Path | None, target: str, out: Path | None, as_json: bool) -> None:
+def write(stack: Path, target: str, as_json: bool, **options: Any) -> None:
     """Write the model repository of a stack whose engines are built.
 
     \b
-    Example:
+    Examples:
       triton-repo write stacks/demo.toml --target tensorrt-rtx
+      triton-repo write stacks/demo.toml --target tensorrt --native
     """
     from build_engines.stack import TARGETS, load_stack
-    from triton_repo.writer import write_repository
+    from triton_repo.writer import not_judged, write_repository
 
     if target not in TARGETS:
         raise click.BadParameter(f"{target!r} is not one of {', '.join(TARGETS)}", param_hint="--target")
-    resolved = load_stack(stack, build_dir=build_dir)
+    resolved = load_stack(stack, build_dir=options["build_dir"])
     engines = resolved.build_dir / "engines"
-    repository = write_repository(resolved, engines, out or resolved.build_dir / "repository", target=target)
+    out = options["out"] or resolved.build_dir / "repository"
+    repository = write_repository(resolved, engines, out, target=target, native=options["native"])
     models = sorted(path.parent.name for path in repository.glob("*/config.pbtxt"))
     if as_json:
         click.echo(json.dumps({"repository": str(repository.absolute()), "models": models}))
     else:
         click.echo(f"{repository}: {', '.join(models)}")
+    if names := not_judged(repository):
+        click.echo(
+            f"not judged on a GPU yet: {', '.join(names)} (their graphs were; build again where the card is)",
+            err=True,
+        )
 
 
 @main.command(context_settings={"ignore_unknown_options": False})

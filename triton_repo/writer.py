@@ -3,7 +3,9 @@
     <repository>/<Triton model>/config.pbtxt
     <repository>/<Triton model>/warmup/<tensor>
     <repository>/<Triton model>/1/model.py, manifest.json, engine, tokenizer and chat template (hard links)
-    <repository>/<Triton model>/1/triton_repo/__init__.py, runtime/*.py
+    <repository>/<Triton model>/1/triton_repo/__init__.py, runtime/**/*.py
+
+An encoder in the native layout is several Triton models (triton_repo.native).
 
 Beside it: stack.json, which tells the client what is served, and evaluation/<model>.jsonl.
 """
@@ -23,6 +25,7 @@ from build_engines.stack import Model, Stack
 from triton_repo.config_pbtxt import render, to_message
 from triton_repo.encoders import WARMUP_FILE, encoder_spec, warmup_bytes
 from triton_repo.generators import generator_spec, warmup_files
+from triton_repo.native import check_native, link_files, native_parts
 from triton_repo.runtime import fingerprint
 from triton_repo.runtime.session import EngineRefused, check_files, read_manifest
 
@@ -40,12 +43,20 @@ class Entry:
     manifest: dict[str, Any]
 
 
-def write_repository(stack: Stack, engines_dir: Path, out: Path, *, target: str = "onnxruntime") -> Path:
+def write_repository(
+    stack: Stack, engines_dir: Path, out: Path, *, target: str = "onnxruntime", native: bool = False
+) -> Path:
     """Write the repository of every engine of `stack` for `target` to `out` and return `out`.
 
-    Engines are read from engines_dir/<model>/<precision>/<target>. Raises ArtifactError for a missing or
-    altered engine, RepositoryError when the repository cannot be written; `out` is then as it was before.
+    Engines are read from engines_dir/<model>/<precision>/<target>; a model with a target of its own keeps it.
+    `native`: Triton's TensorRT backend runs the encoders. Raises ArtifactError for a missing or altered
+    engine, RepositoryError for one that cannot be served so and when the repository cannot be written; `out`
+    is then as it was before.
     """
+    if native:
+        for model in stack.models.values():
+            if model.task != "generate":
+                check_native(model, target)
     entries = [entry for model in stack.models.values() for entry in _entries(model, engines_dir, target)]
     if not entries:
         raise RepositoryError(f"{stack.path}: no model of this stack has an engine for target {target}")
@@ -53,7 +64,10 @@ def write_repository(stack: Stack, engines_dir: Path, out: Path, *, target: str 
     try:
         with replaced_folder(out) as aside:
             for entry in entries:
-                _write_model(entry, aside / entry.name, runtime)
+                if native and entry.model.task != "generate":
+                    _write_native(entry, aside, runtime)
+                else:
+                    _write_model(entry, aside / entry.name, runtime)
         _write_summary(stack, entries, out.absolute().parent)
     except OnecardError:
         raise
@@ -66,11 +80,27 @@ def write_repository(stack: Stack, engines_dir: Path, out: Path, *, target: str 
     return out
 
 
+def not_judged(repository: Path) -> list[str]:
+    """Triton models whose engine no gate has run yet: it was compiled where no GPU could run it."""
+    manifests = {path.parent.parent.name: path for path in sorted(repository.glob("*/1/manifest.json"))}
+    found = []
+    for name, path in manifests.items():
+        manifest = json.loads(path.read_text("utf-8"))
+        runs_here = (path.parent / manifest["engine"]["file"]).exists()
+        judged = "engine" in manifest.get("gates", {"engine": None})
+        if manifest["target"] != "onnxruntime" and runs_here and not judged:
+            found.append(name)
+    return found
+
+
 def _entries(model: Model, engines_dir: Path, target: str) -> list[Entry]:
     entries = []
+    target = model.target or target
     for precision, name in model.variants.items():
-        # FP32 graphs are made for ONNX Runtime alone.
-        if precision == "fp32" and target != "onnxruntime":
+        # FP32 graphs are made for ONNX Runtime alone, and on a GPU of encoders only.
+        if precision == "fp32" and not (
+            target == "onnxruntime" or (target == "onnxruntime-cuda" and model.task != "generate")
+        ):
             continue
         folder = engines_dir / model.name / precision / target
         try:
@@ -127,19 +157,46 @@ def _write_model(entry: Entry, folder: Path, runtime: str) -> None:
     else:
         spec = encoder_spec(entry.model, entry.name, entry.manifest, runtime)
         warmup = {WARMUP_FILE: warmup_bytes()}
-    (folder / "config.pbtxt").write_text(render(to_message(spec)), encoding="utf-8")
-    (folder / "warmup").mkdir()
-    for name, content in warmup.items():
-        (folder / "warmup" / name).write_bytes(content)
+    _write_config(folder, render(to_message(spec)), warmup)
     for name in ("manifest.json", entry.manifest["engine"]["file"], *entry.manifest["files"]):
         link_or_copy(entry.folder / name, version / name)
-    served_by = "generator.py" if entry.model.task == "generate" else "encoder.py"
+    _copy_code(_served_by(entry), version)
+
+
+def _served_by(entry: Entry) -> str:
+    if entry.manifest["target"] == "tensorrt-llm":
+        return "tensorrt_llm_generator.py"
+    return "generator.py" if entry.model.task == "generate" else "encoder.py"
+
+
+def _write_native(entry: Entry, repository: Path, runtime: str) -> None:
+    for part in native_parts(entry.model, entry.name, entry.manifest, runtime):
+        folder = repository / part.spec.name
+        link_files(part, entry.folder, folder / "1")
+        warmup = {WARMUP_FILE: warmup_bytes()} if part.warmup else {}
+        _write_config(folder, render(to_message(part.spec)), warmup)
+        if part.source is not None:
+            _copy_code(part.source, folder / "1")
+
+
+def _write_config(folder: Path, config: str, warmup: Mapping[str, bytes]) -> None:
+    (folder / "config.pbtxt").write_text(config, encoding="utf-8")
+    if warmup:
+        (folder / "warmup").mkdir()
+    for name, content in warmup.items():
+        (folder / "warmup" / name).write_bytes(content)
+
+
+def _copy_code(served_by: str, version: Path) -> None:
+    """model.py and the runtime that it imports, subfolders too."""
     shutil.copyfile(_PACKAGE / "models" / served_by, version / "model.py")
-    package = version / "triton_repo"
-    (package / "runtime").mkdir(parents=True)
+    package, runtime = version / "triton_repo", _PACKAGE / "runtime"
+    package.mkdir()
     shutil.copyfile(_PACKAGE / "__init__.py", package / "__init__.py")
-    for source in sorted((_PACKAGE / "runtime").glob("*.py")):
-        shutil.copyfile(source, package / "runtime" / source.name)
+    for source in sorted(runtime.rglob("*.py")):
+        copy = package / "runtime" / source.relative_to(runtime)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, copy)
 
 
 def _write_summary(stack: Stack, entries: list[Entry], folder: Path) -> None:
