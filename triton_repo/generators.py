@@ -57,7 +57,8 @@ def generator_spec(model: Model, triton_name: str, manifest: Mapping[str, Any], 
         inputs=INPUTS,
         outputs=OUTPUTS,
         batching=None,
-        kind="KIND_CPU" if manifest["target"] == "onnxruntime" else "KIND_GPU",
+        # TensorRT-LLM finds the GPU itself.
+        kind="KIND_CPU" if manifest["target"] in {"onnxruntime", "tensorrt-llm"} else "KIND_GPU",
         decoupled=True,
         warmup=(WarmupSpec("a few tokens", {name: ((1,), name) for name in _WARMUP}),),
         parameters={

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from triton_repo.runtime.chat import ChatTemplate, checked_unicode, read_messages
 from triton_repo.runtime.delivery import Delta
@@ -14,6 +14,7 @@ from triton_repo.runtime.detokenize import detokenizer_factory
 from triton_repo.runtime.jobs import Handle, Request
 from triton_repo.runtime.sampling import SamplingParams
 from triton_repo.runtime.scheduler import Scheduler
+from triton_repo.runtime.session import read_manifest
 from triton_repo.runtime.text_stream import TextStream
 from triton_repo.runtime.texts import BadRequest, decode_text
 from triton_repo.runtime.tokenization import TokenizerRefused
@@ -35,10 +36,26 @@ class Answer:
     usage: dict[str, float]
 
 
+class Schedules(Protocol):
+    """Runs requests on an engine; every method but `start` may be called from any thread."""
+
+    def __init__(self, engine: Any, *, max_queue: int, queue_timeout_s: float) -> None: ...
+
+    def start(self) -> None: ...
+
+    def submit(self, request: Request) -> Handle: ...
+
+    def refuse(self) -> None: ...
+
+    def snapshot(self) -> dict[str, Any]: ...
+
+    def close(self) -> None: ...
+
+
 class GenerationService:
     """Generates for one model. Every method may be called from any thread."""
 
-    def __init__(self, engine: Any, tokenizer: Any, scheduler: Scheduler) -> None:
+    def __init__(self, engine: Any, tokenizer: Any, scheduler: Schedules) -> None:
         serving = engine.manifest["serving"]
         chat = dict(serving.get("chat") or {})
         source = chat.pop("template", None)
@@ -66,9 +83,16 @@ class GenerationService:
         """
         from tokenizers import Tokenizer
 
-        from triton_repo.runtime.decoder import DecoderEngine
+        engine: Any
+        opened: type[Schedules]
+        if read_manifest(Path(folder))["target"] == "tensorrt-llm":
+            from triton_repo.runtime.tensorrt_llm import LlmEngine, LlmScheduler
 
-        engine = DecoderEngine.open(Path(folder), threads)
+            engine, opened = LlmEngine.open(Path(folder)), LlmScheduler
+        else:
+            from triton_repo.runtime.decoder import DecoderEngine
+
+            engine, opened = DecoderEngine.open(Path(folder), threads), Scheduler
         path = Path(folder) / "tokenizer.json"
         try:
             tokenizer: Any = Tokenizer.from_file(str(path))
@@ -77,7 +101,7 @@ class GenerationService:
         # The file may carry the padding and truncation of its training run.
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        scheduler = Scheduler(engine, max_queue=max_queue, queue_timeout_s=queue_timeout_s)
+        scheduler = opened(engine, max_queue=max_queue, queue_timeout_s=queue_timeout_s)
         service = cls(engine, tokenizer, scheduler)
         scheduler.start()
         return service

@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -200,7 +200,7 @@ class LlmScheduler:
         with self._lock:
             self._counts.outcomes["refused"] += 1
 
-    def snapshot(self) -> Mapping[str, Any]:
+    def snapshot(self) -> dict[str, Any]:
         """As Scheduler.snapshot; of the cache only what running sequences fill is known."""
         engine, running = self._engine, [job for job in tuple(self._tasks) if job.started]
         return {

@@ -318,6 +318,7 @@ def test_opening_a_folder_takes_no_truncation_over(tmp_path: Path, monkeypatch: 
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     engine = ServedHashEngine(tokenizer.get_vocab_size(), TEMPLATE)
     monkeypatch.setattr("triton_repo.runtime.decoder.DecoderEngine.open", lambda folder, threads: engine)
+    monkeypatch.setattr("triton_repo.runtime.generation.read_manifest", lambda _: {"target": "onnxruntime"})
     service = GenerationService.open(tmp_path, max_queue=3)
     text = "The noodles were good, the service was not"
     assert service.prompt({"text": text}) == TOKENIZER.encode(text).ids
