@@ -89,8 +89,7 @@ def lower_decoder(model: onnx.ModelProto, modes: Mapping[str, LinearMode]) -> on
     nodes = list(graph.node)
     del graph.node[:]
     graph.node.extend(_Lowering(nodes, half, modes).nodes())
-    _drop_unused(graph)
-    result.opset_import.add(domain=_CONTRIB, version=1)
+    finish_lowering(result)
     return result
 
 
@@ -98,14 +97,16 @@ def _is_matrix(tensor: onnx.TensorProto) -> bool:
     return len(tensor.dims) == 2 and tensor.name.endswith(".weight")
 
 
-class _Lowering:
-    """Walks the nodes in order and yields each one, or what replaces it."""
+class GroupQueryLowering:
+    """Walks the nodes in order and yields each one, or the GroupQueryAttention that replaces it.
 
-    def __init__(self, nodes: list[onnx.NodeProto], half: Set[str], modes: Mapping[str, LinearMode]) -> None:
+    `ends` names the int32 tensor of each row's last position.
+    """
+
+    def __init__(self, nodes: list[onnx.NodeProto], ends: str) -> None:
         self.source = nodes
-        self.half = half  # initializers that are still FP16
+        self.ends = ends
         self.by_name = {node.name: node for node in nodes}
-        self.modes = modes
 
     def nodes(self) -> Iterator[onnx.NodeProto]:
         lengths_known = False
@@ -117,20 +118,15 @@ class _Lowering:
                         yield from self._lengths()
                         lengths_known = True
                     yield from self._attention(f"{layer}.attention", node.output[0])
-            elif node.op_type == "MatMul":
-                yield from self._linear(node)
-            elif node.name == "embedding":
-                yield from self._embedding(node)
-            elif not self._is_bias_of_dynamic(node):
-                yield node
+            else:
+                yield from self._other(node)
+
+    def _other(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+        yield node
 
     def _lengths(self) -> Iterator[onnx.NodeProto]:
-        """What GroupQueryAttention asks: each row's last position, and the longest row's length."""
-        yield _node("Add", ["past_lengths", "sequence_length.output"], "lengths.total")
-        yield _node("Sub", ["lengths.total", "one"], "lengths.last")
-        yield _node("Cast", ["lengths.last"], "lengths.rows", to=_INT32)
-        yield _node("ReduceMax", ["lengths.total"], "lengths.longest", keepdims=1)
-        yield _node("Cast", ["lengths.longest"], "lengths.most", to=_INT32)
+        """Nodes that compute `ends` and "lengths.most", the longest row's length, where they are computed."""
+        return iter(())
 
     def _attention(self, base: str, output: str) -> Iterator[onnx.NodeProto]:
         core, layer = self.by_name[f"{base}.core"], base.split(".")[1]
@@ -142,7 +138,7 @@ class _Lowering:
             inputs = [f"{base}.q_packed", f"{base}.k_packed", split.output[2]]
             for name in "qk":
                 yield _node("Reshape", [f"{base}.{name}_norm.output", "packed"], f"{base}.{name}_packed")
-        inputs += [f"past_key.{layer}", f"past_value.{layer}", "lengths.rows", "lengths.most"]
+        inputs += [f"past_key.{layer}", f"past_value.{layer}", self.ends, "lengths.most"]
         if rotary is not None:
             inputs += list(rotary.input[1:3])
         settings = {a.name: a.f for a in core.attribute if a.name in {"scale", "softcap"}}
@@ -163,6 +159,30 @@ class _Lowering:
     def _heads(self, base: str, name: str) -> int:
         """The Reshape into heads names its shape after their number: heads.{count}."""
         return int(self.by_name[f"{base}.{name}_heads"].input[1].removeprefix("heads."))
+
+
+class _Lowering(GroupQueryLowering):
+    """The same for the CPU: Linears and the embedding in the forms that its kernels are fast at."""
+
+    def __init__(self, nodes: list[onnx.NodeProto], half: Set[str], modes: Mapping[str, LinearMode]) -> None:
+        super().__init__(nodes, ends="lengths.rows")
+        self.half = half  # initializers that are still FP16
+        self.modes = modes
+
+    def _other(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+        if node.op_type == "MatMul":
+            yield from self._linear(node)
+        elif node.name == "embedding":
+            yield from self._embedding(node)
+        elif not self._is_bias_of_dynamic(node):
+            yield node
+
+    def _lengths(self) -> Iterator[onnx.NodeProto]:
+        yield _node("Add", ["past_lengths", "sequence_length.output"], "lengths.total")
+        yield _node("Sub", ["lengths.total", "one"], "lengths.last")
+        yield _node("Cast", ["lengths.last"], self.ends, to=_INT32)
+        yield _node("ReduceMax", ["lengths.total"], "lengths.longest", keepdims=1)
+        yield _node("Cast", ["lengths.longest"], "lengths.most", to=_INT32)
 
     def _linear(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
         name, weight = node.name, f"{node.name}.weight"
@@ -209,10 +229,12 @@ def _node(
     return helper.make_node(op, inputs, outputs or [name], name=name, domain=domain, **settings)
 
 
-def _drop_unused(graph: onnx.GraphProto) -> None:
-    """Nodes and initializers that no output depends on any more."""
+def finish_lowering(model: onnx.ModelProto) -> None:
+    """Add the constants that new nodes read; drop nodes and initializers that no output depends on any more."""
     from onnx import numpy_helper
 
+    graph = model.graph
+    model.opset_import.add(domain=_CONTRIB, version=1)
     for name, values in (("packed", [0, 0, -1]), ("last_axis", [-1])):
         graph.initializer.append(numpy_helper.from_array(np.array(values, np.int64), name))
     wanted: set[str] = {value.name for value in graph.output}

@@ -1,15 +1,38 @@
-"""ONNX Runtime on the GPU: the FP16 graph for its CUDA kernels."""
+"""ONNX Runtime on the GPU: the typed graph, an LLM's attention in the operator that its CUDA kernels are for.
+
+An encoder is its FP16 or FP32 graph as it was judged: every operator that computes in it has a CUDA kernel. An
+LLM's rotary embedding, cache update and attention become one GroupQueryAttention a layer. The standard operators
+have CUDA kernels too, but with a mask they read the whole capacity of the cache at every step; this one reads the
+tokens that a row holds, and appends in place.
+
+Nothing here needs a GPU or ONNX Runtime's package for it: kernels are chosen when the engine is opened.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from build_engines.atomic import link_or_copy
 from build_engines.errors import CompileError
+from build_engines.graphs import operator_counts, read_graph, save_graph
+from build_engines.profiles import DecoderProfile
+from build_engines.targets.decoder_lowering import GroupQueryLowering, finish_lowering
+from build_engines.targets.gpu import gpu_compute_capability
 
 if TYPE_CHECKING:
-    from build_engines.profiles import DecoderProfile, Profile
+    import onnx
+
+    from build_engines.profiles import Profile
     from build_engines.targets import Progress
+
+LAST_POSITIONS = "last_positions"
+_FLOAT, _INT32 = 1, 6  # TensorProto.DataType
+_PROVIDER = "CUDAExecutionProvider"
+_QUANTIZED = {"QuantizeLinear", "DequantizeLinear"}
 
 
 class OnnxRuntimeCudaTarget:
@@ -18,9 +41,18 @@ class OnnxRuntimeCudaTarget:
     needs_card = False
 
     def check(self) -> None:
-        raise CompileError(
-            "the target onnxruntime-cuda cannot be built yet", next_step="see docs/targets.md for the targets"
-        )
+        """Where a GPU is, the package for it is asked for as well: the engine is judged on that GPU."""
+        if importlib.util.find_spec("onnxruntime") is None:
+            raise _not_installed("the target onnxruntime-cuda needs the Python module onnxruntime")
+        if gpu_compute_capability() is None:
+            return
+        import onnxruntime
+
+        if _PROVIDER not in onnxruntime.get_available_providers():
+            raise _not_installed(
+                f"the onnxruntime {onnxruntime.__version__} installed here computes on the CPU only, and this "
+                "machine has a GPU to judge the engine on"
+            )
 
     def compile(
         self,
@@ -31,4 +63,94 @@ class OnnxRuntimeCudaTarget:
         compute_capability: str | None,
         progress: Progress,
     ) -> dict[str, Any]:
-        raise NotImplementedError
+        """Write `out`/engine.onnx; an LLM's weights beside it, hard links where the file system allows.
+
+        Returns "versions", "layers" {operator: count}, and "portable": no engine of this target is tied to a card.
+
+        Raises:
+            CompileError: the graph holds INT8, or is an LLM's in FP32.
+        """
+        import onnxruntime
+
+        del compute_capability
+        progress("lower", 0, 2)
+        if isinstance(profile, DecoderProfile):
+            model = _write_decoder(graph, out / self.engine_file, profile.capacity)
+        else:
+            model = read_graph(graph)
+            _refuse_int8(model, graph)
+            save_graph(model, out / self.engine_file)
+        progress("write", 2, 2)
+        return {
+            "versions": {"onnxruntime-gpu": onnxruntime.__version__},
+            "layers": operator_counts(model),
+            "portable": True,
+        }
+
+
+def lower_decoder_for_cuda(model: onnx.ModelProto, capacity: int) -> onnx.ModelProto:
+    """An FP16 graph of `export.write_decoder` with one GroupQueryAttention a layer; `model` is left as it is.
+
+    The input past_lengths (int64) becomes `last_positions` (int32 [batch]): past length + sequence - 1, which is
+    what the operator reads. ONNX Runtime would compute that on the host, from the shape of input_ids: two copies
+    between host and GPU in every step, and no step could be a CUDA graph. For the same reason the length of the
+    longest row, which the operator wants to know on the host, is always said to be `capacity`; what is read of a
+    row is bounded by its own last position.
+    """
+    from onnx import numpy_helper
+
+    result = type(model)()
+    result.CopyFrom(model)
+    graph = result.graph
+    nodes = list(graph.node)
+    del graph.node[:]
+    graph.node.extend(GroupQueryLowering(nodes, ends=LAST_POSITIONS).nodes())
+    for value in graph.input:
+        if value.name == "past_lengths":
+            value.name, value.type.tensor_type.elem_type = LAST_POSITIONS, _INT32
+    graph.initializer.append(numpy_helper.from_array(np.array([capacity], np.int32), "lengths.most"))
+    del graph.value_info[:]
+    finish_lowering(result)
+    return result
+
+
+def _write_decoder(graph: Path, engine: Path, capacity: int) -> onnx.ModelProto:
+    import onnx
+
+    model = onnx.load(str(graph), load_external_data=False)
+    _refuse_int8(model, graph)
+    if any(value.type.tensor_type.elem_type == _FLOAT for value in model.graph.input):
+        raise CompileError(
+            f"{graph.name}: ONNX Runtime has no CUDA kernel for an LLM's attention in FP32",
+            cause="GroupQueryAttention computes in FP16 or BF16 there",
+            next_step='add "fp16" to the model\'s precisions, or use the target "onnxruntime" for fp32',
+        )
+    lowered = lower_decoder_for_cuda(model, capacity)
+    data = graph.with_name(f"{graph.name}.data")
+    if data.is_file():
+        link_or_copy(data, engine.with_name(f"{engine.name}.data"))
+    for tensor in lowered.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = f"{engine.name}.data"
+    engine.write_bytes(lowered.SerializeToString())
+    return lowered
+
+
+def _refuse_int8(model: onnx.ModelProto, graph: Path) -> None:
+    found = sum(node.op_type in _QUANTIZED for node in model.graph.node)
+    if found:
+        raise CompileError(
+            f"{graph.name} is quantized ({found} Q and DQ nodes), and ONNX Runtime has no INT8 kernels for it on "
+            "the GPU",
+            cause="it would widen the weights to FP16 at every run: slower than FP16, and no smaller in use",
+            next_step='build INT8 for the target "tensorrt-rtx" or "tensorrt", or "fp16" for this one',
+        )
+
+
+def _not_installed(what: str) -> CompileError:
+    return CompileError(
+        what,
+        cause="onnxruntime and onnxruntime-gpu are one Python module; only one of them can be installed",
+        next_step="pip uninstall --yes onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'",
+    )
