@@ -8,6 +8,7 @@ from typing import Any
 
 from build_engines.errors import ExportError
 from build_engines.export.checkpoint import read_json, well_formed
+from build_engines.export.decoder_config import Architecture
 from build_engines.export.decoder_weights import Decoder
 from build_engines.export.tokenizer import write_tokenizer
 
@@ -27,7 +28,11 @@ def decoder_serving(decoder: Decoder, precision: str = "fp16") -> dict[str, Any]
     Raises:
         ExportError: a tokenizer setting is damaged.
     """
-    architecture = decoder.architecture
+    return llm_serving(decoder.architecture, decoder.folder, precision)
+
+
+def llm_serving(architecture: Architecture, folder: Path, precision: str = "fp16") -> dict[str, Any]:
+    """The same of a checkpoint in `folder` whose tensors are not looked at."""
     return {
         "task": "generate",
         "family": architecture.family,
@@ -41,7 +46,7 @@ def decoder_serving(decoder: Decoder, precision: str = "fp16") -> dict[str, Any]
         "eos_ids": list(architecture.eos_ids),
         "bos_id": architecture.bos_id,
         "pad_id": architecture.pad_id,
-        "chat": {"template": read_chat_template(decoder.folder), **_special_tokens(decoder.folder)},
+        "chat": {"template": read_chat_template(folder), **_special_tokens(folder)},
     }
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from build_engines.pipeline.decoder import DecoderBuild
 from build_engines.pipeline.encoder import EncoderBuild
+from build_engines.pipeline.llm import LlmBuild
 from build_engines.pipeline.model import BuiltEngine, ModelBuild, Reporter
 from build_engines.plan import resolve_open
 from build_engines.stack import Stack
@@ -43,6 +44,8 @@ def build_stack(
     stack = resolve_open(stack)
     built: list[BuiltEngine] = []
     for name in models or list(stack.models):
-        build: type[ModelBuild] = DecoderBuild if stack.models[name].task == "generate" else EncoderBuild
+        model = stack.models[name]
+        build: type[ModelBuild] = DecoderBuild if model.task == "generate" else EncoderBuild
+        build = LlmBuild if model.target else build
         built += build(stack, stack.models[name], reporter).engines(chosen)
     return built
