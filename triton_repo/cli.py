@@ -159,8 +159,8 @@ def serve(repository: Path, command: tuple[str, ...], as_json: bool, **options: 
 @main.command()
 @click.argument("repository", type=click.Path(exists=True, path_type=Path))
 @_server_options
-@click.option("--image", default=IMAGE, show_default=True, help="NVIDIA's tritonserver image.")
-def container(repository: Path, image: str, **options: Any) -> None:
+@click.option("--image", help=f"NVIDIA's tritonserver image [default: {IMAGE}].")
+def container(repository: Path, image: str | None, **options: Any) -> None:
     """Print the docker command that serves REPOSITORY on a GPU machine.
 
     \b

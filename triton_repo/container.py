@@ -4,41 +4,57 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
 from triton_repo.server import ServerOptions, served_models, uses_cache
 
-# Python 3.12 inside, which the served runtime needs (3.11 or newer).
-IMAGE = "nvcr.io/nvidia/tritonserver:25.08-py3"
-# Distribution by engine target, beside tokenizers.
-_ENGINE_LIBRARY = {
-    "onnxruntime": "onnxruntime",
-    "tensorrt-rtx": "tensorrt-rtx",
-    "tensorrt": "tensorrt",
+# Python 3.12 inside, which the served runtime needs (3.11 or newer), and TensorRT 11.
+IMAGE = "nvcr.io/nvidia/tritonserver:26.08-py3"
+# The newest whose TensorRT-LLM is known: 1.2.1.
+LLM_IMAGE = "nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3"
+# Distributions by the target of an engine that the Python backend runs, beside tokenizers.
+_ENGINE_LIBRARIES = {
+    "onnxruntime": ("onnxruntime",),
+    "onnxruntime-cuda": ("onnxruntime-gpu", "cuda-bindings"),
+    "tensorrt-rtx": ("tensorrt-rtx", "cuda-bindings"),
+    "tensorrt": ("tensorrt", "cuda-bindings"),
+    "tensorrt-llm": (),
 }
+_CACHE = "/cache"
 
 
-def docker_command(repository: Path, options: ServerOptions, image: str = IMAGE) -> list[str]:
-    """The command's words. The engine libraries are pinned to the versions that built the engines, as an
-    engine runs under no other; models that compute on the CPU need no GPU and get none."""
+def docker_command(repository: Path, options: ServerOptions, image: str | None = None) -> list[str]:
+    """The command's words, with the image that has what `repository` needs unless one is named.
+
+    The engine libraries are pinned to the versions that built the engines, as an engine runs under no other;
+    an engine that Triton runs itself needs the image's own. Models that compute on the CPU need no GPU and
+    get none.
+    """
     repository = repository.absolute()
-    targets = _targets(repository)
-    gpu = any(target != "onnxruntime" for target in targets)
+    manifests = _manifests(repository)
+    targets = {str(manifest["target"]) for manifest in manifests.values()}
+    gpu = bool(targets - {"onnxruntime"})
+    if image is None:
+        image = LLM_IMAGE if "tensorrt-llm" in targets else IMAGE
     inside = [
         "tritonserver",
         "--model-repository=/models",
         "--disable-auto-complete-config",
         *([f"--cache-config=local,size={options.cache_mib << 20}"] if uses_cache(repository) else []),
     ]
-    install = ["pip", "install", "--quiet", *_requirements(repository, targets)]
+    install = ["pip", "install", "--quiet", *_requirements(manifests)]
     return [
         *("docker", "run", "--rm", "--init"),
+        "--security-opt=no-new-privileges",
         *(("--gpus", "all") if gpu else ()),
         "--shm-size=1g",
         *_published(options),
         # The image's Python is marked as managed by its distribution.
         *("-e", "PIP_BREAK_SYSTEM_PACKAGES=1"),
+        # Kernels that a GPU engine compiled for this card are kept from one start to the next.
+        *(("-e", f"ONECARD_CACHE_DIR={_CACHE}", "-v", f"onecard-cache:{_CACHE}") if gpu else ()),
         *("-v", f"{repository}:/models:ro"),
         image,
         *("bash", "-c", f"{shlex.join(install)} && exec {shlex.join(inside)}"),
@@ -53,26 +69,32 @@ def _published(options: ServerOptions) -> list[str]:
     return words
 
 
-def _manifests(repository: Path) -> list[dict[str, object]]:
-    paths = [repository / name / "1" / "manifest.json" for name in served_models(repository)]
-    return [json.loads(path.read_text("utf-8")) for path in paths]
+def _manifests(repository: Path) -> dict[Path, dict[str, object]]:
+    """By version folder; an ensemble has none."""
+    folders = [repository / name / "1" for name in served_models(repository)]
+    return {
+        folder: json.loads((folder / "manifest.json").read_text("utf-8"))
+        for folder in folders
+        if (folder / "manifest.json").exists()
+    }
 
 
-def _targets(repository: Path) -> list[str]:
-    return sorted({str(manifest["target"]) for manifest in _manifests(repository)})
-
-
-def _requirements(repository: Path, targets: list[str]) -> list[str]:
+def _requirements(manifests: Mapping[Path, Mapping[str, object]]) -> list[str]:
     pinned: dict[str, str] = {}
-    for manifest in _manifests(repository):
+    names = ["tokenizers"]
+    for folder, manifest in manifests.items():
         versions = manifest.get("versions")
         if isinstance(versions, dict):
             pinned |= {str(name).replace("_", "-"): str(version) for name, version in versions.items()}
-    # Chat templates are Jinja's.
-    generates = any(manifest.get("task") == "generate" for manifest in _manifests(repository))
-    names = ["tokenizers", *(["jinja2"] if generates else [])]
-    names += [_ENGINE_LIBRARY[target] for target in targets]
-    return [_requirement(name, pinned.get(name)) for name in names]
+        if manifest.get("task") == "generate":
+            names.append("jinja2")  # chat templates
+        engine = manifest["engine"]
+        runs_engine = (
+            (folder / "model.py").exists() and isinstance(engine, dict) and (folder / engine["file"]).exists()
+        )
+        if runs_engine:
+            names += _ENGINE_LIBRARIES[str(manifest["target"])]
+    return [_requirement(name, pinned.get(name)) for name in dict.fromkeys(names)]
 
 
 def _requirement(name: str, version: str | None) -> str:

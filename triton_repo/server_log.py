@@ -38,6 +38,10 @@ def last_errors(log: str, count: int = 5) -> list[str]:
 
 def _first_part(reason: str) -> str:
     text = reason.rstrip().rstrip('"').split("\\n\\nAt:")[0].replace("\\n", "\n").replace('\\"', '"').strip()
+    if "unsupported gpu id" in text:
+        return (
+            "it is for a GPU, and Triton finds none here (no driver, or a container started without --gpus)"
+        )
     for prefix in ("Internal: ", "TritonModelException: ", "Invalid argument: "):
         text = text.removeprefix(prefix)
     return text

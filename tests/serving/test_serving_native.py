@@ -1,4 +1,4 @@
-"""The native layout in a real tritonserver: what it loads, and that its ensembles answer as the Python models do.
+"""The native layout in a real tritonserver: what it loads, and that it answers as the Python models do.
 
 Triton's TensorRT backend is not here. The engine of each ensemble is replaced by a Python model that runs the
 same graph in ONNX Runtime; everything else is the repository as `triton-repo write --native` leaves it.
@@ -303,6 +303,6 @@ def test_a_step_with_another_tokenizer_is_refused(written: Path, tmp_path: Path)
     tokenizer.write_bytes(tokenizer.read_bytes().replace(b"noodles", b"noodlez"))
     manifest = tmp_path / "repository" / "label_answer" / "1" / "manifest.json"
     manifest.write_text(manifest.read_text().replace("negative", "positive"))
-    with pytest.raises(ServerError, match="tokenizer.json: altered") as caught:
+    with pytest.raises(ServerError, match=r"tokenizer\.json: altered") as caught:
         Server(tmp_path / "repository", ServerOptions(free_ports=True)).start()
     assert "manifest was altered" in str(caught.value)

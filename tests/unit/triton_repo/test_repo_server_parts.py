@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -17,7 +18,7 @@ from build_engines.errors import ServerError
 from build_engines.stack import load_stack
 from triton_repo import installation, ports, server_log, shared_memory
 from triton_repo.cli import main
-from triton_repo.container import docker_command
+from triton_repo.container import IMAGE, LLM_IMAGE, docker_command
 from triton_repo.server import Server, ServerOptions
 from triton_repo.writer import write_repository
 
@@ -187,3 +188,39 @@ def test_a_log_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> Non
     server = Server(tmp_path / "repository", ServerOptions(log=tmp_path / "file" / "server.log"))
     with pytest.raises(ServerError, match="--log"):
         server._open_log()
+
+
+def test_a_missing_gpu_is_said_in_plain_words() -> None:
+    log = (
+        "E1120 19:49:01.1 7 model_lifecycle.cc:642] \"failed to load 'vector' version 1: Invalid argument: instance "
+        "group vector_0 of model vector specifies invalid or unsupported gpu id 0. GPUs with at least the minimum "
+        'required CUDA compute compatibility of 6.000000 are: "\n'
+    )
+    assert server_log.failures(log)["vector"].startswith("it is for a GPU, and Triton finds none here")
+
+
+@pytest.mark.parametrize(
+    ("target", "library", "image"),
+    [
+        ("onnxruntime-cuda", "onnxruntime-gpu", IMAGE),
+        ("tensorrt-rtx", "tensorrt-rtx", IMAGE),
+        ("tensorrt", "tensorrt", IMAGE),
+        ("tensorrt-llm", "", LLM_IMAGE),
+    ],
+)
+def test_the_container_of_a_gpu_engine(repository: Path, target: str, library: str, image: str) -> None:
+    path = repository / "m" / "1" / "manifest.json"
+    manifest = json.loads(path.read_text()) | {"target": target, "versions": {library: "1.2.3"}}
+    path.unlink()  # a hard link to the engine's own
+    path.write_text(json.dumps(manifest))
+    words = docker_command(repository, ServerOptions())
+    assert words[words.index("--gpus") + 1] == "all"
+    assert image in words
+    assert "ONECARD_CACHE_DIR=/cache" in words
+    assert "onecard-cache:/cache" in words
+    install = words[-1].split(" && ")[0]
+    assert (f" {library}==1.2.3" in install) == bool(library)
+    assert ("cuda-bindings" in install) == bool(library)
+    # An engine that Triton's own backend runs needs nothing but the image.
+    (repository / "m" / "1" / "model.py").unlink()
+    assert not library or library not in docker_command(repository, ServerOptions())[-1]
