@@ -81,3 +81,17 @@ def seal(
     }
     manifest["digest"] = manifest_digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def reseal(folder: Path, *, engine: str, **changes: Any) -> Path:
+    """Write (again) the manifest of every file in `folder`; the folder itself."""
+    path = folder / "manifest.json"
+    manifest = {"format": 1, **(json.loads(path.read_text()) if path.exists() else {}), **changes}
+    files = {
+        found.name: {"bytes": found.stat().st_size, "sha256": sha256(found)}
+        for found in sorted(folder.iterdir())
+        if found != path
+    }
+    manifest |= {"engine": {"file": engine, **files.pop(engine)}, "files": files}
+    path.write_text(json.dumps({**manifest, "digest": manifest_digest(manifest)}))
+    return folder
