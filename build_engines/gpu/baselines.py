@@ -29,7 +29,8 @@ def load_encoder(folder: Path, task: str, device: str) -> int:
     """Load the checkpoint as its task uses it; returns the GPU bytes that PyTorch holds for it."""
     torch = usable_torch(device)
     _quiet()
-    free(device)
+    free()
+    _loaded["device"] = device
     from transformers import AutoModel, AutoModelForSequenceClassification
 
     kind = AutoModel if task == "embed" else AutoModelForSequenceClassification
@@ -61,15 +62,15 @@ def _forward(torch: Any, encoder: Any, task: str) -> Callable[..., Any]:
     return {"classify": classify, "rerank": rerank, "embed": embed}[task]
 
 
-def compile_encoder(device: str, batch: int, length: int) -> str:
-    """Compile for one shape and run it; returns the mode that works. Raises Failed with both reasons."""
-    torch = usable_torch(device)
+def compile_encoder(shape: tuple[int, int]) -> str:
+    """Compile for one shape and run it; returns the mode that works. Raises Failed with every reason."""
+    torch = _torch()
     reasons = []
-    for mode in _modes(device):
+    for mode in _modes():
         _loaded["compiled"] = torch.compile(_loaded["forward"], mode=mode, dynamic=False)
         try:
             for _ in range(3):
-                _encoder_run(COMPILED, "device", device, batch, length)()
+                _encoder_run(COMPILED, "device", shape)()
         except Exception as error:  # no C compiler, no kernel, no graph: anything
             reasons.append(f"{mode}: {said(error)}")
             _loaded.pop("compiled")
@@ -79,15 +80,15 @@ def compile_encoder(device: str, batch: int, length: int) -> str:
     raise Failed("; ".join(reasons))
 
 
-def time_encoder(contender: str, way: str, device: str, shape: tuple[int, int], seconds: float) -> list[float]:
+def time_encoder(contender: str, way: str, shape: tuple[int, int], seconds: float) -> list[float]:
     """Seconds of each run at `shape`; `way` "device" leaves inputs and answer on the GPU, "host" does not."""
-    return timed_runs(_encoder_run(contender, way, device, *shape), seconds)
+    return timed_runs(_encoder_run(contender, way, shape), seconds)
 
 
-def _encoder_run(contender: str, way: str, device: str, batch: int, length: int) -> Run:
-    torch = usable_torch(device)
+def _encoder_run(contender: str, way: str, shape: tuple[int, int]) -> Run:
+    torch, device = _torch(), _loaded["device"]
     forward = _loaded["compiled" if contender == COMPILED else "forward"]
-    arrays = encoder_arrays(_loaded["inputs"], batch, length, _loaded["vocabulary"])
+    arrays = encoder_arrays(_loaded["inputs"], *shape, _loaded["vocabulary"])
     host = {name: torch.from_numpy(array) for name, array in arrays.items()}
     there = {name: tensor.to(device) for name, tensor in host.items()}
 
@@ -105,27 +106,29 @@ def _encoder_run(contender: str, way: str, device: str, batch: int, length: int)
     return run
 
 
-# --- LLM ------------------------------------------------------------------------------------------------------
+# --- LLM --------------------------------------------------------------------------------------------------
 
 
 def load_llm(folder: Path, device: str) -> int:
     """Load the causal LM; returns the GPU bytes that PyTorch holds for it."""
     torch = usable_torch(device)
     _quiet()
-    free(device)
+    free()
+    _loaded["device"] = device
     from transformers import AutoModelForCausalLM
 
-    lm = AutoModelForCausalLM.from_pretrained(
+    lm: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float16, attn_implementation="sdpa", local_files_only=True
     )
     _loaded["lm"] = lm.to(device).eval()
     return int(torch.cuda.memory_allocated()) if device == "cuda" else 0
 
 
-def time_prompt(device: str, length: int, seconds: float) -> list[float]:
-    """Seconds from a prompt on the GPU to its first token on the host, one sequence."""
-    torch, lm = usable_torch(device), _loaded["lm"]
-    ids = torch.from_numpy(prompts(1, length, lm.config.vocab_size)).to(device)
+def time_prompt(contender: str, length: int, seconds: float) -> list[float]:
+    """Seconds from a prompt on the GPU to its first token on the host, one sequence; eager."""
+    del contender
+    torch, lm = _torch(), _loaded["lm"]
+    ids = torch.from_numpy(prompts(1, length, lm.config.vocab_size)).to(_loaded["device"])
 
     def run() -> object:
         with torch.no_grad():
@@ -134,14 +137,14 @@ def time_prompt(device: str, length: int, seconds: float) -> list[float]:
     return timed_runs(run, seconds)
 
 
-def compile_llm(device: str, batch: int, prompt: int, new: int) -> str:
+def compile_llm(batch: int, prompt: int, new: int) -> str:
     """Compile the decode step for a batch and run a few; returns the mode that works. Raises Failed."""
-    torch = usable_torch(device)
+    torch = _torch()
     reasons = []
-    for mode in _modes(device):
+    for mode in _modes():
         _loaded[f"step {batch}"] = torch.compile(_step, mode=mode, dynamic=False)
         try:
-            _decode(COMPILED, device, batch, prompt, new, steps=min(new, 4))
+            _decode(COMPILED, batch, prompt, new, steps=min(new, 4))
         except Exception as error:  # as in compile_encoder
             reasons.append(f"{mode}: {said(error)}")
             for kind in ("step", "cache"):
@@ -152,16 +155,16 @@ def compile_llm(device: str, batch: int, prompt: int, new: int) -> str:
     raise Failed("; ".join(reasons))
 
 
-def time_decode(contender: str, device: str, batch: int, prompt: int, new: int) -> list[float]:
+def time_decode(contender: str, batch: int, prompt: int, new: int) -> list[float]:
     """Seconds of each of `new` greedy steps after prompts of one length; each token reaches the host."""
-    return _decode(contender, device, batch, prompt, new, steps=new)
+    return _decode(contender, batch, prompt, new, steps=new)
 
 
-def _decode(contender: str, device: str, batch: int, prompt: int, new: int, *, steps: int) -> list[float]:
+def _decode(contender: str, batch: int, prompt: int, new: int, *, steps: int) -> list[float]:
     from transformers import DynamicCache
 
-    torch, lm = usable_torch(device), _loaded["lm"]
-    ids = torch.from_numpy(prompts(batch, prompt, lm.config.vocab_size)).to(device)
+    torch, lm = _torch(), _loaded["lm"]
+    ids = torch.from_numpy(prompts(batch, prompt, lm.config.vocab_size)).to(_loaded["device"])
     compiled = contender == COMPILED
     cache = _static_cache(lm, batch, prompt + new + 1) if compiled else DynamicCache(config=lm.config)
     step = _loaded[f"step {batch}"] if compiled else _step
@@ -194,20 +197,26 @@ def _static_cache(lm: Any, batch: int, length: int) -> Any:
     return _loaded[key]
 
 
-def free(device: str) -> None:
+def free() -> None:
     """Forget what was loaded and give its memory back."""
     import gc
 
-    torch = usable_torch(device)
+    import torch
+
+    on_gpu = _loaded.get("device") == "cuda"
     _loaded.clear()
     torch._dynamo.reset()
     gc.collect()
-    if device == "cuda":
+    if on_gpu:
         torch.cuda.empty_cache()
 
 
-def _modes(device: str) -> tuple[str, ...]:
-    return _MODES if device == "cuda" else ("default",)
+def _torch() -> Any:
+    return usable_torch(_loaded["device"])
+
+
+def _modes() -> tuple[str, ...]:
+    return _MODES if _loaded["device"] == "cuda" else ("default",)
 
 
 def _quiet() -> None:

@@ -49,7 +49,7 @@ def usable_targets(run: Run) -> list[str]:
     return usable
 
 
-# --- in the side process --------------------------------------------------------------------------------------
+# --- in the side process ----------------------------------------------------------------------------------
 
 
 class _Quiet:
@@ -78,7 +78,7 @@ def check_target(target: str) -> str:
 
 
 def build_one(path: Path, build_dir: Path, wanted: tuple[str, str, str]) -> dict[str, Any]:
-    """Build one model in one precision for one target: the engine's folder, seconds, and what to know of it."""
+    """Build one model in one precision for one target: its folder, seconds, and what to know of it."""
     from build_engines.pipeline import build_stack
     from build_engines.stack import load_stack
 

@@ -86,7 +86,7 @@ def measure_ceilings(side: Side, device: str, results: Results, sizes: Sizes, se
     )
 
 
-# --- in the side process --------------------------------------------------------------------------------------
+# --- in the side process ----------------------------------------------------------------------------------
 
 
 def measure(name: str, device: str, sizes: Sizes) -> tuple[float, float, float]:

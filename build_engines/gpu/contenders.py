@@ -12,25 +12,25 @@ from typing import Any
 
 from build_engines.gpu.timing import Run, encoder_arrays, prompts, timed_runs
 
-# In the side process: what it has loaded, by contender.
+# In the side process: the engines it has opened, and the size of their vocabularies, by contender.
 _loaded: dict[str, Any] = {}
+_vocabulary: dict[str, int] = {}
 
 
-def load_encoder(contender: str, folder: Path, device: int) -> dict[str, Any]:
-    """Open the engine; returns seconds that took."""
+def load_encoder(contender: str, folder: Path, vocabulary: int) -> float:
+    """Open the engine; returns the seconds that took."""
     from triton_repo.runtime.engines import open_encoder_engine
 
     started = time.perf_counter()
-    _loaded[contender] = open_encoder_engine(folder, device=device)
-    return {"seconds": time.perf_counter() - started}
+    _loaded[contender] = open_encoder_engine(folder)
+    _vocabulary[contender] = vocabulary
+    return time.perf_counter() - started
 
 
-def time_encoder(
-    contender: str, way: str, shape: tuple[int, int], vocabulary: int, seconds: float
-) -> list[float]:
+def time_encoder(contender: str, way: str, shape: tuple[int, int], seconds: float) -> list[float]:
     """Seconds of each run at `shape`."""
     engine = _loaded[contender]
-    arrays = encoder_arrays(engine.manifest["serving"]["inputs"], *shape, vocabulary)
+    arrays = encoder_arrays(engine.manifest["serving"]["inputs"], *shape, _vocabulary[contender])
     if way == "host":
         return timed_runs(lambda: engine.run(arrays), seconds)
     return timed_runs(_on_device(engine, arrays), seconds)
@@ -46,29 +46,30 @@ def _on_device(engine: Any, arrays: Any) -> Run:
     return prepare(arrays)
 
 
-# --- LLM ------------------------------------------------------------------------------------------------------
+# --- LLM --------------------------------------------------------------------------------------------------
 
 
-def load_decoder(contender: str, folder: Path, device: int) -> dict[str, Any]:
-    """Open the engine with its cache; returns seconds that took and its sizes."""
+def load_decoder(contender: str, folder: Path) -> float:
+    """Open the engine with its cache; returns the seconds that took."""
     from triton_repo.runtime.engines import open_decoder_engine
 
     started = time.perf_counter()
-    engine = _loaded[contender] = open_decoder_engine(folder, device=device)
-    return {"seconds": time.perf_counter() - started, "slots": engine.slots, "capacity": engine.capacity}
+    engine = _loaded[contender] = open_decoder_engine(folder)
+    _vocabulary[contender] = engine.vocabulary
+    return time.perf_counter() - started
 
 
-def time_prompt(contender: str, length: int, vocabulary: int, seconds: float) -> list[float]:
+def time_prompt(contender: str, length: int, seconds: float) -> list[float]:
     """Seconds from a prompt on the host to its first token, one sequence, in the engine's own chunks."""
     engine = _loaded[contender]
-    prompt = prompts(1, length, vocabulary)[0].tolist()
+    prompt = prompts(1, length, _vocabulary[contender])[0].tolist()
     return timed_runs(lambda: _prefilled(engine, 0, prompt), seconds)
 
 
-def time_decode(contender: str, batch: int, prompt: int, new: int, vocabulary: int) -> list[float]:
+def time_decode(contender: str, batch: int, prompt: int, new: int) -> list[float]:
     """Seconds of each of `new` greedy steps after prompts of one length; logits reach the host."""
     engine = _loaded[contender]
-    rows = prompts(batch, prompt, vocabulary)
+    rows = prompts(batch, prompt, _vocabulary[contender])
     tokens = [_prefilled(engine, slot, row.tolist()) for slot, row in enumerate(rows)]
     times = []
     for step in range(new):
@@ -95,3 +96,17 @@ def drop(contender: str) -> None:
         close()
     del engine
     gc.collect()
+
+
+def run_largest(contender: str) -> None:
+    """An encoder's largest batch at its largest length; an LLM's whole chunk, then a step of all slots."""
+    engine = _loaded[contender]
+    serving = engine.manifest["serving"]
+    if engine.manifest["task"] != "generate":
+        shape = (serving["max_batch"], serving["max_length"])
+        engine.run(encoder_arrays(serving["inputs"], *shape, serving["pad_id"] + 6))
+        return
+    for slot in range(engine.slots):
+        engine.prefill(slot, [1] * min(engine.chunk, engine.capacity - 1), 0)
+    held = min(engine.chunk, engine.capacity - 1)
+    engine.decode(range(engine.slots), [1] * engine.slots, [held] * engine.slots)

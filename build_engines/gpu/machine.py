@@ -117,7 +117,9 @@ def _memory(card: Card) -> Any:
 
 
 def _nvml() -> Any:
-    nvml = _library("libnvidia-ml.so.1", "NVML (libnvidia-ml.so.1), which counts the card's memory, is missing")
+    nvml = _library(
+        "libnvidia-ml.so.1", "NVML (libnvidia-ml.so.1), which counts the card's memory, is missing"
+    )
     _ask(nvml.nvmlInit_v2, what="nvmlInit")
     return nvml
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from build_engines.gpu.machine import MIB
 from build_engines.random_model import RandomLlama, write_random_llm
-from build_engines.stack import Stack, load_stack
+from build_engines.stack import Stack
 from calibration.samples import data_file, load_groups, load_texts
 
 CARD_MIB: Final = 16_303  # an RTX 5070 Ti's: what the stack is planned for and must stay inside
@@ -79,20 +80,26 @@ class Sizes:
         return max(length for _, length in self.shapes)
 
 
-def write_stack(folder: Path, sizes: Sizes, targets: Sequence[str], capability: str, portable: bool) -> Stack:
-    """Checkpoints, texts and the stack file `folder`/stack.toml; what is there and the same is kept.
-
-    `capability` is the compute capability to compile for, "12.0"; `portable` asks for engines of every card
-    that the library knows, where it does not compile for this one.
-    """
+def write_models(folder: Path, sizes: Sizes) -> None:
+    """Checkpoints and texts in `folder`; what is there and the same is kept."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, task in ENCODERS.items():
         write_encoder(folder / "models" / name, task, sizes.encoder)
     write_random_llm(folder / "models" / LLM, sizes.llm)
     _write_texts(folder / "texts")
+
+
+def write_stack_file(
+    folder: Path, sizes: Sizes, targets: Sequence[str], capability: str, portable: bool
+) -> Path:
+    """`folder`/stack.toml for those models.
+
+    `capability` is the compute capability to compile for, "12.0"; `portable` asks for engines of every card
+    that the library knows, where it does not compile for this one.
+    """
     path = folder / "stack.toml"
     path.write_text(_stack_file(sizes, targets, capability, portable), encoding="utf-8")
-    return load_stack(path, build_dir=folder / "build")
+    return path
 
 
 def _stack_file(sizes: Sizes, targets: Sequence[str], capability: str, portable: bool) -> str:
@@ -177,7 +184,9 @@ def write_encoder(folder: Path, task: str, size: EncoderSize) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     torch.manual_seed(0)
-    model: Any = BertForSequenceClassification(config) if labels else BertModel(config, add_pooling_layer=False)
+    model: Any = (
+        BertForSequenceClassification(config) if labels else BertModel(config, add_pooling_layer=False)
+    )
     model.save_pretrained(folder)
     _write_tokenizer(folder, size.vocabulary)
     mark.write_text(wanted, encoding="utf-8")
@@ -198,7 +207,9 @@ def _write_tokenizer(folder: Path, vocabulary: int) -> None:
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
@@ -214,3 +225,7 @@ def _write_tokenizer(folder: Path, vocabulary: int) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
+def card_budget(stack: Stack | None) -> int:
+    """Bytes of the planned card that engines may take: all but the reserve."""
+    reserve = 0 if stack is None else stack.reserve_mib
+    return (CARD_MIB - reserve) * MIB

@@ -32,7 +32,7 @@ class Row:
     `case`: what was run ("32 x 128", "decode, 8 at once"). `contender`: who ran it. `way`: "device" when
     inputs and outputs stay on the GPU, "host" when arrays come from and go to the host's memory as a server
     has them. `limit`: what the hardware allows for the same work, in the same unit; `spread`: the tenth and
-    the ninetieth percentile; `runs`: how many runs the median is of. `note`: what a reader should know beside it.
+    the ninetieth percentile; `runs`: how many runs the median is of; `note`: what belongs beside it.
     """
 
     part: Part
@@ -64,6 +64,18 @@ class Row:
 
 
 @dataclass(slots=True)
+class Outcome:
+    """How a case ended."""
+
+    status: Status = "measured"
+    reason: str = ""
+
+    @property
+    def measured(self) -> bool:
+        return self.status == "measured"
+
+
+@dataclass(slots=True)
 class Results:
     """All rows of a run in the order they came; `say` hears each case as it begins."""
 
@@ -72,24 +84,22 @@ class Results:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def add(self, row: Row) -> None:
-        self.rows.append(row)
+        """Keep a row; what fails or is skipped in the same way in every round is one row."""
+        if row.status == "measured" or row not in self.rows:
+            self.rows.append(row)
 
     @contextmanager
-    def case(self, part: Part, case: str, *, model: str = "", contender: str = "") -> Iterator[None]:
-        """Whatever is raised inside becomes a row; an interrupt alone goes on."""
+    def case(self, part: Part, case: str, *, model: str = "", contender: str = "") -> Iterator[Outcome]:
+        """Whatever is raised inside becomes a row, and the outcome says so; an interrupt alone goes on."""
         self.say(" ".join(word for word in (part, model, contender, case) if word))
+        outcome = Outcome()
         try:
-            yield
-        except Skipped as reason:
-            self.add(
-                Row(
-                    part=part, case=case, model=model, contender=contender, status="skipped", reason=said(reason)
-                )
-            )
+            yield outcome
         except Exception as error:  # any library may raise anything on a machine that is not known
-            self.add(
-                Row(part=part, case=case, model=model, contender=contender, status="failed", reason=said(error))
-            )
+            outcome.status = "skipped" if isinstance(error, Skipped) else "failed"
+            outcome.reason = said(error)
+            where = {"part": part, "case": case, "model": model, "contender": contender}
+            self.add(Row(**where, status=outcome.status, reason=outcome.reason))  # type: ignore[arg-type]
 
     def measured(self, part: Part | None = None) -> list[Row]:
         return [row for row in self.rows if row.status == "measured" and part in {None, row.part}]

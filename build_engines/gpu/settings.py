@@ -32,7 +32,7 @@ class Settings:
     targets: tuple[str, ...] = GPU_TARGETS
     sizes: Sizes = field(default_factory=Sizes)
     ceilings: CeilingSizes = field(default_factory=CeilingSizes)
-    block: float = 0.25
+    block: float = 0.15
     rounds: int = 3
     compiled: bool = True
     served_seconds: float = 2.0
