@@ -77,6 +77,19 @@ def run_stage(folder: Path, inputs: Mapping[str, Any], build: Callable[[Path], d
     return StageRun(folder, result, False, seconds)
 
 
+def recorded_inputs(folder: Path) -> dict[str, Any] | None:
+    """What the stage in `folder` was made from, by its record; None without one that can be believed."""
+    record = _read_record(folder)
+    inputs = record.get("inputs") if record else None
+    return dict(inputs) if isinstance(inputs, dict) else None
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the files of the stage in `folder` still match its record; reads all of them."""
+    record = _read_record(folder)
+    return record is not None and _matches(folder, record["outputs"])
+
+
 def digest_of(value: Any) -> str:
     """SHA-256 of a JSON value in canonical form."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
@@ -167,7 +180,9 @@ __all__ = [
     "digest_of",
     "file_record",
     "folder_files",
+    "is_whole",
     "read_engine_manifest",
+    "recorded_inputs",
     "run_stage",
     "write_manifest",
 ]

@@ -55,6 +55,11 @@ class EngineMemory:
     def total(self) -> int:
         return self.weights + self.activations + self.buffers + self.cache + self.context
 
+    def promised(self) -> dict[str, int]:
+        """The parts by what they are for, as an engine's manifest and the errors of its runner name them."""
+        parts = ("weights", "activations", "buffers", "cache", "context")
+        return {part: int(getattr(self, part)) for part in parts}
+
 
 def engine_memory(model: Model, shape: ModelShape, precision: Precision, context: int) -> EngineMemory:
     """One instance of `model` at its largest profile: max_batch texts of max_length tokens."""

@@ -279,6 +279,16 @@ def _engines(stack: Stack, shapes: dict[str, Shape]) -> Iterator[EnginePlan]:
             )
 
 
+def promised_memory(stack: Stack, model: Model, precision: Precision) -> dict[str, int]:
+    """Bytes that the plan counts for one instance of one engine, by what they are for; of a CPU engine none.
+
+    Raises PlanError as `plan_stack`.
+    """
+    alone = replace(stack, models={model.name: replace(model, precisions=(precision,))})
+    engines = _engines(alone, {model.name: resolve_shape(alone, model)})
+    return next((engine.memory.promised() for engine in engines), {})
+
+
 def require_fit(plan: Plan) -> None:
     """Raises PlanError for a stack that does not fit, with what would."""
     if plan.fits:
@@ -367,6 +377,7 @@ __all__ = [
     "mib",
     "plan_shapes",
     "plan_stack",
+    "promised_memory",
     "render_plan",
     "require_fit",
     "resolve_open",

@@ -9,7 +9,6 @@ precision is written straight from the checkpoint's tensors, one at a time, in a
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -24,13 +23,13 @@ from build_engines.export.decoder import open_decoder
 from build_engines.export.decoder_serving import TEMPLATE_FILE, copy_chat_tokenizer, decoder_serving
 from build_engines.export.decoder_weights import Decoder
 from build_engines.gates import GateReport
-from build_engines.manifest import StageRun, code_digest, digest_of, write_manifest
-from build_engines.perplexity import Reference, engine_nll, judge
+from build_engines.manifest import StageRun, code_digest, digest_of
+from build_engines.perplexity import GivesLogits, Reference, engine_nll, judge
+from build_engines.pipeline.engine import EngineStage, closing
 from build_engines.pipeline.model import BuiltEngine, ModelBuild, versions
 from build_engines.profiles import decoder_profile
 from build_engines.stack import Precision
 from build_engines.targets import Target
-from triton_repo.runtime.decoder import DecoderEngine
 
 _EXPORT_CODE = (
     "build_engines/export",
@@ -110,71 +109,74 @@ class DecoderBuild(ModelBuild):
         return self.run(precision, self.work / precision, inputs, build, _describe_gate)
 
     def compile(self, precision: Precision, graph: StageRun, target: Target) -> BuiltEngine:
-        folder = self.stack.build_dir / "engines" / self.model.name / precision / target.name
         profile = decoder_profile(self.model)
-        capability = self.stack.card.compute_capability if target.needs_card else None
         bounds = {"slots": profile.slots, "capacity": profile.capacity, "chunk": profile.chunk}
         serving = {**self.exported.result["serving"], **bounds}
+        checkpoint = digest_of(self.source_digests)
+        on_cpu = target.name == "onnxruntime"
         inputs = {
             "graph": graph.digests(),
-            "checkpoint": digest_of(self.source_digests),
+            "checkpoint": checkpoint,
             "verified": graph.result,
             "tokenizer": self.exported.digests(),
             "serving": serving,
-            "compute_capability": capability,
             "gates": asdict(self.model.gates),
             "code": code_digest(*_COMPILE_CODE),
-            "versions": versions("onnxruntime", "tensorrt-rtx", "tensorrt"),
         }
 
-        def build(out: Path) -> dict[str, Any]:
-            gates = {"graph": graph.result}
-            source = graph.folder / "model.onnx"
-            if target.name == "onnxruntime":
-                made = compile_for_cpu(source, out, self._material(graph, serving), self.reporter.progress)
-                gates["engine"] = made.pop("gate")
-            else:
-                made = target.compile(
-                    source,
-                    out,
-                    profile=profile,
-                    compute_capability=capability,
-                    progress=self.reporter.progress,
-                )
-            for name in ("tokenizer.json", TEMPLATE_FILE):
-                if (self.exported.folder / name).is_file():
-                    shutil.copyfile(self.exported.folder / name, out / name)
-            manifest = {
-                "model": self.model.name,
-                "task": self.model.task,
-                "precision": precision,
-                "target": target.name,
-                "profile": profile.as_dict(),
-                "compute_capability": capability,
-                "sources": {"checkpoint": digest_of(self.source_digests), **graph.digests()},
-                "gates": gates,
-                "serving": serving,
-                **made,
-            }
-            write_manifest(out, manifest, target.engine_file)
-            return {"gates": gates}
+        manifest = {
+            **self.facts(precision, target, self.model),
+            "profile": profile.as_dict(),
+            "sources": {"checkpoint": checkpoint, **graph.digests()},
+            "gates": {"graph": graph.result},
+            "serving": serving,
+        }
 
-        run = self.run(
-            f"{precision} {target.name}", folder, inputs, build, lambda r: _describe_engine(r, folder)
+        def compile(out: Path) -> dict[str, Any]:
+            source, progress = graph.folder / "model.onnx", self.reporter.progress
+            if on_cpu:
+                made = compile_for_cpu(source, out, self._material(graph, serving), progress)
+                gate = made.pop("gate")
+                return {**made, "gates": {"engine": gate}}
+            return target.compile(
+                source,
+                out,
+                profile=profile,
+                compute_capability=manifest["compute_capability"],
+                progress=progress,
+            )
+
+        served = [self.exported.folder / name for name in ("tokenizer.json", TEMPLATE_FILE)]
+        return self.publish(
+            EngineStage(
+                target=target,
+                inputs=inputs,
+                manifest=manifest,
+                files=[path for path in served if path.is_file()],
+                compile=compile,
+                judge=None if on_cpu else lambda out: self._judged_engine(out, graph),
+            )
         )
-        return BuiltEngine.read(folder, run)
 
     # --- parts ----------------------------------------------------------------------------------------------
 
     def _material(self, graph: StageRun, serving: dict[str, Any]) -> Material:
-        reference = Reference.load(graph.folder / REFERENCE_FILE)
-
-        def judged(engine: DecoderEngine) -> GateReport:
-            found = engine_nll(engine, reference.rows)
-            return judge(reference.scores, found, self.model.gates)
-
         sample = max(self.texts.calibration or self.texts.evaluation, key=len)
-        return Material(serving, judged, sample.tolist())
+        return Material(serving, lambda engine: self._judged(engine, graph), sample.tolist())
+
+    def _judged_engine(self, folder: Path, graph: StageRun) -> GateReport:
+        """The engine as the server opens it, all its slots included."""
+        from triton_repo.runtime.engines import open_decoder_engine
+
+        self.reporter.progress("verify", 0, 1)
+        with closing(open_decoder_engine(folder)) as engine:
+            report = self._judged(engine, graph)
+        self.reporter.progress("verify", 1, 1)
+        return report
+
+    def _judged(self, engine: GivesLogits, graph: StageRun) -> GateReport:
+        reference = Reference.load(graph.folder / REFERENCE_FILE)
+        return judge(reference.scores, engine_nll(engine, reference.rows), self.model.gates)
 
     @cached_property
     def decoder(self) -> Decoder:
@@ -223,9 +225,3 @@ def _describe_gate(result: dict[str, Any]) -> str:
         shown += f" ({checks['perplexity increase']:+.2%} over FP32)"
     returned = len(result.get("returned", []))
     return f"{shown}; {returned} layers returned" if returned else shown
-
-
-def _describe_engine(result: dict[str, Any], folder: Path) -> str:
-    size = sum(path.stat().st_size for path in folder.glob("engine.*"))
-    judged = "engine" in result["gates"]
-    return f"{size / 2**20:,.1f} MiB, verified" if judged else f"{size / 2**20:,.1f} MiB"

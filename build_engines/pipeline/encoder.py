@@ -7,8 +7,6 @@ work/<model>/<precision>/  model.onnx: the typed graph, its gate passed
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from build_engines.errors import CompileError, GateError
-from build_engines.gates import judge
-from build_engines.manifest import StageRun, code_digest, digest_of, write_manifest
+from build_engines.gates import GateReport, judge
+from build_engines.manifest import StageRun, code_digest, digest_of
+from build_engines.pipeline.engine import EngineStage, closing
 from build_engines.pipeline.model import BuiltEngine, ModelBuild, versions
 from build_engines.plan import engine_profile
 from build_engines.stack import Precision
@@ -32,7 +30,6 @@ from build_engines.verify import (
     open_tokenizer,
 )
 from triton_repo.runtime.encode import Encoder
-from triton_repo.runtime.session import EngineRefused
 from triton_repo.runtime.tokenization import TextTokenizer
 
 _EXPORT_CODE = ("build_engines/export", "build_engines/graphs.py", "build_engines/reference.py")
@@ -134,81 +131,56 @@ class EncoderBuild(ModelBuild):
         return self.run(precision, self.work / precision, inputs, build, _describe_gate)
 
     def compile(self, precision: Precision, graph: StageRun, target: Target) -> BuiltEngine:
-        folder = self.stack.build_dir / "engines" / self.model.name / precision / target.name
-        profile = engine_profile(replace(self.model, max_length=self.max_length))
-        capability = self.stack.card.compute_capability if target.needs_card else None
+        model = replace(self.model, max_length=self.max_length)
+        profile = engine_profile(model)
+        checkpoint = digest_of(self.source_digests)
         inputs = {
             "graph": graph.digests(),
-            "checkpoint": digest_of(self.source_digests),
+            "checkpoint": checkpoint,
             "verified": graph.result,  # the same graph judged on other texts is another manifest
             "tokenizer": self.exported.digests()["tokenizer.json"],
             "profile": profile.as_dict(),
-            "compute_capability": capability,
             "serving": self.serving,
             "gates": asdict(self.model.gates),
             "code": code_digest("build_engines/targets", *_JUDGING_CODE),
-            "versions": versions("onnxruntime", "tensorrt-rtx", "tensorrt"),
         }
 
-        def build(out: Path) -> dict[str, Any]:
-            made = target.compile(
-                graph.folder / "model.onnx",
-                out,
-                profile=profile,
-                compute_capability=capability,
-                progress=self.reporter.progress,
+        manifest = {
+            **self.facts(precision, target, model),
+            "profile": profile.as_dict(),
+            "sources": {"checkpoint": checkpoint, **graph.digests()},
+            "gates": {"graph": graph.result},
+            "serving": self.serving,
+        }
+        return self.publish(
+            EngineStage(
+                target=target,
+                inputs=inputs,
+                manifest=manifest,
+                files=[self.exported.folder / "tokenizer.json"],
+                compile=lambda out: target.compile(
+                    graph.folder / "model.onnx",
+                    out,
+                    profile=profile,
+                    compute_capability=manifest["compute_capability"],
+                    progress=self.reporter.progress,
+                ),
+                judge=lambda out: self._judged(out, precision),
             )
-            shutil.copyfile(self.exported.folder / "tokenizer.json", out / "tokenizer.json")
-            manifest = {
-                "model": self.model.name,
-                "task": self.model.task,
-                "precision": precision,
-                "target": target.name,
-                "profile": profile.as_dict(),
-                "compute_capability": capability,
-                "sources": {"checkpoint": digest_of(self.source_digests), **graph.digests()},
-                "gates": {"graph": graph.result},
-                "serving": self.serving,
-                **made,
-            }
-            manifest = write_manifest(out, manifest, target.engine_file)
-            if target.name == "onnxruntime":
-                self._verify_engine(out, manifest, precision, target)
-            return {"gates": json.loads((out / "manifest.json").read_text(encoding="utf-8"))["gates"]}
-
-        run = self.run(
-            f"{precision} {target.name}", folder, inputs, build, lambda r: _describe_engine(r, folder)
         )
-        return BuiltEngine.read(folder, run)
 
     # --- parts ----------------------------------------------------------------------------------------------
 
-    def _verify_engine(self, out: Path, manifest: dict[str, Any], precision: str, target: Target) -> None:
-        """Judge the compiled engine as the server will open it; record the figures in its manifest."""
+    def _judged(self, engine: Path, precision: Precision) -> GateReport:
+        """What the compiled engine answers, opened as the server opens it, against PyTorch."""
         self.reporter.progress("verify", 0, 1)
-        try:
-            encoder = Encoder.open(out)
-        except EngineRefused as error:
-            raise CompileError(
-                f"the {precision} engine of {self.model.name!r} does not open: {error}"
-            ) from None
-        found = answers(encoder, self.evaluation.rows(encoder.tokenizer))
+        encoder = Encoder.open(engine)
+        with closing(encoder.engine):
+            found = answers(encoder, self.evaluation.rows(encoder.tokenizer))
         reference, truth = self._reference_answers(), self.evaluation.truth
         report = judge(self.model.task, precision, reference, found, self.model.gates, truth)
-        if not report.passed:
-            raise GateError(
-                f"the {precision} engine of {self.model.name!r} fails the gate that its graph passed\n"
-                f"{report.summary()}",
-                cause=f"the kernels of {target.name} on this machine compute something else",
-                next_step="report it with the output of: build-engines inspect",
-            )
-        manifest["gates"]["engine"] = report.as_dict()
-        (out / "manifest.json").unlink()
-        engine = manifest.pop("engine")["file"]
-        for derived in ("format", "files", "digest"):
-            manifest.pop(derived)
-        write_manifest(out, manifest, engine)
         self.reporter.progress("verify", 1, 1)
+        return report
 
     def _parity(self, graph: Path, serving: dict[str, Any]) -> float:
         from build_engines.graphs import open_session
@@ -262,9 +234,3 @@ def _describe_gate(result: dict[str, Any]) -> str:
     returned = len(result.get("returned", []))
     shown = ", ".join(f"{check['name']} {check['value']:.4f}" for check in result["gate"]["checks"][:2])
     return f"{shown}; {returned} layers returned" if returned else shown
-
-
-def _describe_engine(result: dict[str, Any], folder: Path) -> str:
-    size = max((path.stat().st_size for path in folder.glob("engine.*")), default=0)
-    verified = ", verified" if "engine" in result["gates"] else ""
-    return f"{size / 2**20:.1f} MiB{verified}"

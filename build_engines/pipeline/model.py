@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 from build_engines.errors import ArtifactError, FetchError
 from build_engines.manifest import StageRun, folder_files, run_stage
+from build_engines.pipeline.engine import LIBRARIES, EngineJob, EngineStage, describe
+from build_engines.plan import promised_memory
 from build_engines.stack import DataRef, Model, Precision, Stack
 from build_engines.targets import Target
 from calibration.samples import data_file
@@ -62,9 +64,8 @@ class ModelBuild(ABC):
         for precision in self.model.precisions:
             graph = self.typed(precision)
             for target in targets:
-                if precision == "fp32" and target.name != "onnxruntime":
-                    continue  # TensorRT has no fused FP32 attention
-                built.append(self.compile(precision, graph, target))
+                if self.runs(precision, target):
+                    built.append(self.compile(precision, graph, target))
         return built
 
     @abstractmethod
@@ -78,6 +79,35 @@ class ModelBuild(ABC):
     @abstractmethod
     def compile(self, precision: Precision, graph: StageRun, target: Target) -> BuiltEngine:
         """The stage that leaves the engine of `graph` for `target`."""
+
+    def runs(self, precision: Precision, target: Target) -> bool:
+        """TensorRT has no fused FP32 attention, and an LLM in FP32 is for the CPU."""
+        if precision != "fp32" or target.name == "onnxruntime":
+            return True
+        return target.name == "onnxruntime-cuda" and self.model.task != "generate"
+
+    def facts(self, precision: Precision, target: Target, planned: Model) -> dict[str, Any]:
+        """What every engine's manifest begins with; `planned` is the model with its length settled."""
+        on_cpu = target.name == "onnxruntime"
+        return {
+            "model": self.model.name,
+            "task": self.model.task,
+            "precision": precision,
+            "target": target.name,
+            "compute_capability": self.stack.card.compute_capability if target.needs_card else None,
+            "portable": self.stack.portable and target.name == "tensorrt-rtx",
+            "memory": {} if on_cpu else promised_memory(self.stack, planned, precision),
+        }
+
+    def publish(self, stage: EngineStage) -> BuiltEngine:
+        """Run the last stage, unless its engine is there and judged on the GPU that is here."""
+        precision, target = stage.manifest["precision"], stage.target.name
+        folder = self.stack.build_dir / "engines" / self.model.name / precision / target
+        job = EngineJob(stage, folder, versions(*LIBRARIES[target]))
+        run = self.run(
+            f"{precision} {target}", folder, job.inputs(), job.build, lambda result: describe(result, folder)
+        )
+        return BuiltEngine.read(folder, run)
 
     @cached_property
     def source_digests(self) -> dict[str, str]:

@@ -115,6 +115,8 @@ def test_every_engine_is_there_and_says_all_of_itself(built: tuple[Stack, list[B
         assert manifest["engine"]["bytes"] == file.stat().st_size
         assert manifest["versions"].keys() == {target}
         assert manifest["compute_capability"] == ("12.0" if target == "tensorrt-rtx" else None)
+        assert manifest["portable"] is False
+        assert bool(manifest["memory"]) is (target == "tensorrt-rtx")
         assert manifest["profile"] == {"batch": [1, 8, 8], "sequence": [1, 64, 64]}
         assert {"checkpoint", "model.onnx"} <= manifest["sources"].keys()
         assert all(len(digest) == 64 for digest in manifest["sources"].values())

@@ -110,9 +110,15 @@ def test_every_engine_is_there_and_says_all_of_itself(built: tuple[Stack, list[B
         assert manifest["gates"]["graph"]["gate"]["passed"] is True
         if manifest["target"] == "onnxruntime":
             assert manifest["gates"]["engine"]["passed"] is True
+            assert "gate" not in manifest
+            assert manifest["memory"] == {}
             assert manifest["layers"]["GroupQueryAttention"] == 2
         else:
             assert manifest["compute_capability"] == "12.0"
+            assert "engine" not in manifest["gates"]  # no GPU is here to run it
+            assert manifest["portable"] is False
+            assert manifest["memory"]["cache"] == 3 * 96 * 2 * 2 * 2 * 16 * 2
+            assert set(manifest["memory"]) == {"weights", "activations", "buffers", "cache", "context"}
             assert (engine.folder / "engine.trt").stat().st_size == manifest["engine"]["bytes"]
 
 
