@@ -312,7 +312,7 @@ class FakeCudart:
         return _OK, real.cudaGraph_t(self._handle(self.graphs, Graph(work)))
 
     def cudaGraphInstantiate(self, graph: Any, flags: int) -> Any:
-        work = self._alive(self.graphs, graph, "graph").work
+        work = list(self._alive(self.graphs, graph, "graph").work)
         return _OK, real.cudaGraphExec_t(self._handle(self.graphs, Graph(work)))
 
     def cudaGraphLaunch(self, graphExec: Any, stream: Any) -> Any:
@@ -328,11 +328,12 @@ class FakeCudart:
         return (_OK,)
 
     def cudaGraphExecDestroy(self, graphExec: Any) -> Any:
-        self._alive(self.graphs, graphExec, "graph").destroyed = True
-        return (_OK,)
+        return self.cudaGraphDestroy(graphExec)
 
     def cudaGraphDestroy(self, graph: Any) -> Any:
-        self._alive(self.graphs, graph, "graph").destroyed = True
+        found = self._alive(self.graphs, graph, "graph")
+        found.destroyed = True
+        found.work.clear()
         return (_OK,)
 
     # ---- inside

@@ -250,6 +250,11 @@ class Device:
             self._call("cudaMemsetAsync", address, 0, nbytes, self.stream)
         return array
 
+    def require(self, nbytes: int, purpose: str) -> None:
+        """Raise DeviceMemoryFull unless `nbytes` are free, for a library that allocates by itself."""
+        if self.memory()[0] < nbytes:
+            raise self._full(nbytes, purpose)
+
     def pinned(self, shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """An array in page-locked host memory, undefined at first. It is gone once the device is closed."""
         kind, count = np.dtype(dtype), math.prod(shape)

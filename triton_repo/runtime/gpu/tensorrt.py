@@ -1,0 +1,273 @@
+"""An engine of TensorRT-RTX or TensorRT on the GPU: one class, the module is a parameter.
+
+All contexts of an engine run one after the other on the device's one stream, so they share one buffer for
+activations, as large as the largest optimization profile needs: that is what the plan counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from triton_repo.runtime.gpu.cuda import Device
+from triton_repo.runtime.gpu.graph_cache import GraphCache
+from triton_repo.runtime.gpu.runtime_cache import RuntimeCache
+from triton_repo.runtime.gpu.tensorrt_callbacks import errors_of, file_reader, shared_logger
+from triton_repo.runtime.session import EngineRefused
+from triton_repo.runtime.texts import EngineFailed
+
+Shape = tuple[int, ...]
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "FLOAT": np.dtype(np.float32),
+    "HALF": np.dtype(np.float16),
+    "INT64": np.dtype(np.int64),
+    "INT32": np.dtype(np.int32),
+    "INT8": np.dtype(np.int8),
+    "UINT8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_REBUILD = "run `build-engines build STACK` again"
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """An input or output. `shape` has -1 where it varies; `ranges`, of inputs alone, the (smallest, usual,
+    largest) shape in each optimization profile."""
+
+    name: str
+    is_input: bool
+    dtype: np.dtype[Any]
+    shape: Shape
+    ranges: tuple[tuple[Shape, Shape, Shape], ...]
+
+
+class TensorRTEngine:
+    """One deserialized engine: `tensors` by name, `profiles` (their number), contexts."""
+
+    def __init__(self, path: Path, module: Any, device: Device, *, runtime_cache: Path | None = None) -> None:
+        """Check, then load `path` onto the device, without ever holding it in memory as a whole.
+
+        Args:
+            module: `tensorrt_rtx` or `tensorrt`.
+            runtime_cache: where TensorRT-RTX keeps the kernels that it compiles here; None keeps none.
+
+        Raises:
+            EngineRefused: the library refuses it, with what it logged.
+            DeviceMemoryFull: its weights or activations do not fit.
+        """
+        self.path, self.device, self._trt = Path(path), device, module
+        self.is_rtx = hasattr(module, "CudaGraphStrategy")
+        device.bind()
+        self._runtime = module.Runtime(shared_logger(module))
+        if hasattr(self._runtime, "get_engine_validity"):
+            self._check_validity()
+        device.require(self.path.stat().st_size, "weights")
+        self._engine = self._deserialize()
+        self.profiles: int = self._engine.num_optimization_profiles
+        self.tensors = self._read_tensors()
+        sizes = [self._engine.get_device_memory_size_for_profile_v2(p) for p in range(self.profiles)]
+        nbytes = max(self._engine.device_memory_size_v2, *sizes)
+        self._activations = device.array((nbytes,), np.uint8, "activations")
+        self.runtime_cache: RuntimeCache | None = None
+        self._config = self._runtime_config(runtime_cache)
+        self._contexts: list[ExecutionContext] = []
+
+    def context(self, profile: int = 0) -> ExecutionContext:
+        """A new context that runs shapes of `profile`. Raises EngineRefused."""
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        self.device.bind()
+        with errors_of(self._trt) as errors:
+            handle = self._engine.create_execution_context(self._config if self.is_rtx else strategy)
+            stream = self.device.stream
+            if handle is None or not handle.set_optimization_profile_async(profile, stream):
+                raise self._refused(f"no execution context for its optimization profile {profile}", errors)
+        handle.set_device_memory(self._activations.address, max(1, self._activations.nbytes))
+        self.device.synchronize()
+        context = ExecutionContext(self, handle, None if self.is_rtx else GraphCache(self.device))
+        self._contexts.append(context)
+        return context
+
+    def profile_for(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """The first optimization profile that takes inputs of these shapes. Raises ValueError."""
+        for profile in range(self.profiles):
+            if all(self._fits(name, tuple(shape), profile) for name, shape in shapes.items()):
+                return profile
+        wanted = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        offered = "; ".join(
+            ", ".join(
+                f"{name} {list(low)} to {list(high)}"
+                for name in shapes
+                for low, _, high in (self.tensors[name].ranges[profile],)
+            )
+            for profile in range(self.profiles)
+        )
+        raise ValueError(f"no optimization profile of {self.path} takes {wanted}; it has {offered}")
+
+    def save_cache(self) -> None:
+        """Keep what TensorRT-RTX has compiled so far for the next start; a failure is logged, not raised."""
+        if self.runtime_cache is not None:
+            self.runtime_cache.save()
+
+    def close(self) -> None:
+        """Save the runtime cache, then free contexts, weights and activations; a second time does nothing."""
+        if self._engine is None:
+            return
+        self.device.synchronize()
+        self.save_cache()
+        for context in self._contexts:
+            context._close()
+        self._contexts.clear()
+        self._config = self.runtime_cache = self._engine = self._runtime = None
+        self._activations.close()
+
+    def _fits(self, name: str, shape: Shape, profile: int) -> bool:
+        low, _, high = self.tensors[name].ranges[profile]
+        return len(shape) == len(low) and all(
+            a <= size <= b for a, size, b in zip(low, shape, high, strict=True)
+        )
+
+    def _check_validity(self) -> None:
+        """TensorRT-RTX knows from the first bytes whether version, card, driver and memory fit."""
+        trt = self._trt
+        with self.path.open("rb") as file:
+            start = file.read(self._runtime.engine_header_size)
+        validity, diagnostics = self._runtime.get_engine_validity(start)
+        if validity != trt.EngineValidity.INVALID:
+            return
+        flags = trt.EngineInvalidityDiagnostics.__members__
+        reasons = [name.lower().replace("_", " ") for name, flag in flags.items() if diagnostics & int(flag)]
+        info = self.device.info
+        raise EngineRefused(
+            f"{self.path} cannot run here: {', '.join(reasons) or 'TensorRT-RTX gives no reason'} "
+            f"({info.name}, compute capability {info.compute_capability}, driver for CUDA {info.driver}, "
+            f"TensorRT-RTX {trt.__version__}); {_REBUILD} for this card and library"
+        )
+
+    def _deserialize(self) -> Any:
+        with errors_of(self._trt) as errors, self.path.open("rb") as file:
+            reader = file_reader(self._trt, file)
+            engine = self._runtime.deserialize_cuda_engine(reader)
+        if reader.raised is not None:
+            raise reader.raised
+        if engine is None:
+            raise self._refused("it cannot be loaded", errors)
+        return engine
+
+    def _runtime_config(self, path: Path | None) -> Any:
+        """How TensorRT-RTX runs the contexts; nothing for TensorRT, which has none of these settings."""
+        if not self.is_rtx:
+            return None
+        trt = self._trt
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        # It knows when the kernels for a shape are compiled and addresses stay: recording the stream from
+        # outside would keep the fallback kernels for ever.
+        config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        if path is not None:
+            self.runtime_cache = RuntimeCache(config.create_runtime_cache(), path)
+            config.set_runtime_cache(self.runtime_cache.cache)
+        return config
+
+    def _read_tensors(self) -> dict[str, Tensor]:
+        engine, trt = self._engine, self._trt
+        tensors = {}
+        for index in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(index)
+            kind = engine.get_tensor_dtype(name).name
+            if kind not in _DTYPES or engine.get_tensor_location(name) != trt.TensorLocation.DEVICE:
+                raise EngineRefused(
+                    f"{self.path}: the tensor {name} of type {kind} is none that is served; {_REBUILD}"
+                )
+            is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
+            ranges = [engine.get_tensor_profile_shape(name, p) for p in range(self.profiles) if is_input]
+            tensors[name] = Tensor(
+                name,
+                is_input,
+                _DTYPES[kind],
+                tuple(engine.get_tensor_shape(name)),
+                tuple((tuple(low), tuple(usual), tuple(high)) for low, usual, high in ranges),
+            )
+        return tensors
+
+    def _refused(self, what: str, errors: Sequence[str]) -> EngineRefused:
+        free, total = self.device.memory()
+        told = "; ".join(message.strip() for message in errors) or "it gives no reason"
+        return EngineRefused(
+            f"{self.path}: {what}. TensorRT says: {told} "
+            f"({free / 2**20:,.0f} of {total / 2**20:,.0f} MiB of the GPU are free)"
+        )
+
+
+class ExecutionContext:
+    """Runs the engine with shapes of one profile. Made by TensorRTEngine.context, closed with the engine."""
+
+    def __init__(self, engine: TensorRTEngine, handle: Any, graphs: GraphCache | None) -> None:
+        self.engine, self._handle, self._graphs = engine, handle, graphs
+        self._shapes: dict[str, Shape] = {}
+        self._addresses: dict[str, int] = {}
+
+    def output_shapes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Shape]:
+        """The shapes of all outputs for inputs of `shapes`. Raises EngineFailed."""
+        self._set_shapes({name: tuple(shape) for name, shape in shapes.items()})
+        outputs = [tensor.name for tensor in self.engine.tensors.values() if not tensor.is_input]
+        found = {name: tuple(self._handle.get_tensor_shape(name)) for name in outputs}
+        if any(size < 0 for shape in found.values() for size in shape):
+            raise EngineFailed(f"TensorRT does not know the outputs' shapes for {dict(shapes)}: {found}")
+        return found
+
+    def enqueue(self, shapes: Mapping[str, Sequence[int]], addresses: Mapping[str, int]) -> None:
+        """Put one run on the device's stream: every input with its shape, every tensor at its address.
+
+        Raises EngineFailed, with what the library logged; nothing was put on the stream then.
+        """
+        self.engine.device.bind()
+        wanted = {name: tuple(shape) for name, shape in shapes.items()}
+        if len(addresses) < len(self.engine.tensors):
+            missing = ", ".join(sorted(self.engine.tensors.keys() - addresses.keys()))
+            raise self._failed(f"no address for {missing}", [])
+        if self._graphs is None:
+            self._run(wanted, addresses)
+            return
+        key = (tuple(wanted.items()), tuple(addresses.items()))
+        self._graphs.run(key, lambda: self._run(wanted, addresses))
+
+    def _run(self, shapes: Mapping[str, Shape], addresses: Mapping[str, int]) -> None:
+        self._set_shapes(shapes)
+        self._set_addresses(addresses)
+        with errors_of(self.engine._trt) as errors:
+            done = self._handle.execute_async_v3(self.engine.device.stream)
+        if not done:
+            raise self._failed(f"the run failed with inputs of {dict(self._shapes)}", errors)
+
+    def _set_shapes(self, shapes: Mapping[str, Shape]) -> None:
+        for name, shape in shapes.items():
+            if self._shapes.get(name) == shape:
+                continue
+            with errors_of(self.engine._trt) as errors:
+                accepted = self._handle.set_input_shape(name, shape)
+            if not accepted:
+                self._shapes.pop(name, None)
+                raise self._failed(f"{name} cannot have the shape {list(shape)}", errors)
+            self._shapes[name] = shape
+
+    def _set_addresses(self, addresses: Mapping[str, int]) -> None:
+        for name, address in addresses.items():
+            if self._addresses.get(name) == address:
+                continue
+            if not self._handle.set_tensor_address(name, address):
+                self._addresses.pop(name, None)
+                raise self._failed(f"{name} cannot be at {address:#x}", [])
+            self._addresses[name] = address
+
+    def _failed(self, what: str, errors: Sequence[str]) -> EngineFailed:
+        told = "; ".join(message.strip() for message in errors)
+        return EngineFailed(f"TensorRT: {what}" + (f": {told}" if told else ""))
+
+    def _close(self) -> None:
+        if self._graphs is not None:
+            self._graphs.close()
+        self._handle = None
