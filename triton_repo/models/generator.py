@@ -49,6 +49,7 @@ class TritonPythonModel:
         from triton_repo.runtime.chat import TemplateRefused
         from triton_repo.runtime.generation import GenerationService
         from triton_repo.runtime.session import EngineRefused
+        from triton_repo.runtime.texts import EngineFailed
         from triton_repo.runtime.tokenization import TokenizerRefused
 
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -57,8 +58,9 @@ class TritonPythonModel:
                 folder,
                 max_queue=int(parameters["max_queue"]),
                 queue_timeout_s=int(parameters["queue_timeout_ms"]) / 1000,
+                device=int(args["model_instance_device_id"]),
             )
-        except (EngineRefused, TokenizerRefused, TemplateRefused) as error:
+        except (EngineRefused, EngineFailed, TokenizerRefused, TemplateRefused) as error:
             raise pb_utils.TritonModelException(f"engine refused: {error}") from None
         self._codes = _error_codes(pb_utils)
         self._readers = ThreadPoolExecutor(_READERS, "reader")

@@ -147,6 +147,12 @@ class DecoderEngine:
             array[place, :, :length] = array[origin, :, :length]
         self._rows.used[target] = length
 
+    def close(self) -> None:
+        """Give the cache and the weights back."""
+        self._steps.clear()
+        self._cache.clear()
+        self._session = self._prefill = None
+
     def _read(self, slot: int, tokens: Sequence[int], start: int, wanted: list[int]) -> FloatArray:
         self._rows.check(slot, start, len(tokens))
         row = self._rows[slot]

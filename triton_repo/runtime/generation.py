@@ -74,10 +74,11 @@ class GenerationService:
         folder: Path,
         *,
         threads: int | None = None,
+        device: int = 0,
         max_queue: int = 256,
         queue_timeout_s: float = 60.0,
     ) -> GenerationService:
-        """Open an engine folder (digests checked) and start its scheduler.
+        """Open an engine folder (digests checked) and start its scheduler. `device` is the GPU, where one is needed.
 
         Raises EngineRefused, TokenizerRefused or TemplateRefused.
         """

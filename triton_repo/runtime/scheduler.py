@@ -38,6 +38,8 @@ class DecodesTokens(Protocol):
 
     def copy(self, source: int, target: int, length: int) -> None: ...
 
+    def close(self) -> None: ...
+
 
 class Scheduler:
     """Owns an engine; `submit`, a handle's methods and `snapshot` may be called from any thread.
@@ -117,7 +119,7 @@ class Scheduler:
         self._thread.start()
 
     def close(self) -> None:
-        """End what runs or waits as "cancelled", then stop the loop; what was answered is still delivered."""
+        """End what runs or waits as "cancelled", stop the loop, deliver what was answered, close the engine."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -126,6 +128,7 @@ class Scheduler:
         else:
             self._end_all("cancelled")
         self._delivery.close()
+        self._engine.close()
 
     def _cancel(self, job: Job) -> None:
         with self._changed:

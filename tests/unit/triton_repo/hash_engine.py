@@ -33,6 +33,7 @@ class HashEngine:
         self.valid = [0] * slots
         self.calls: list[tuple[str, int]] = []  # what, and how many tokens
         self.broken: set[int] = set()
+        self.closed = False
 
     def prefill(self, slot: int, tokens: Sequence[int], start: int) -> FloatArray:
         assert 1 <= len(tokens) <= self.chunk
@@ -63,7 +64,11 @@ class HashEngine:
         self.cache[target, :length] = self.cache[source, :length]
         self.valid[target] = length
 
+    def close(self) -> None:
+        self.closed = True
+
     def _call(self, kind: str, tokens: int, slots: Sequence[int]) -> None:
+        assert not self.closed
         self.calls.append((kind, tokens))
         if len(self.calls) - 1 in self.broken:
             for slot in slots:

@@ -18,6 +18,7 @@ from triton_repo.runtime import fingerprint, generation
 from triton_repo.runtime.delivery import Delta
 from triton_repo.runtime.jobs import Busy
 from triton_repo.runtime.session import EngineRefused
+from triton_repo.runtime.texts import EngineFailed
 
 GAUGES = ("slots", "slots_active", "queue", "cache_tokens", "cache_capacity_tokens", "tokens_per_second")
 TOTALS = ("prompt_tokens_total", "cached_tokens_total", "generated_tokens_total")
@@ -54,6 +55,7 @@ def arguments(**parameters: str) -> dict[str, str]:
         "model_repository": "/nowhere",
         "model_version": "1",
         "model_name": "talk",
+        "model_instance_device_id": "1",
         "model_config": json.dumps(config),
     }
 
@@ -91,8 +93,8 @@ def until(condition: Callable[[], Any], seconds: float = 5.0) -> bool:
     return True
 
 
-def test_the_queue_s_bounds_come_from_the_config(loaded: Loaded) -> None:
-    assert loaded.service.settings == {"max_queue": 7, "queue_timeout_s": 1.5}
+def test_the_queue_s_bounds_come_from_the_config_and_the_gpu_from_triton(loaded: Loaded) -> None:
+    assert loaded.service.settings == {"max_queue": 7, "queue_timeout_s": 1.5, "device": 1}
 
 
 def test_a_stream_is_passed_on_and_closed_by_its_last_delta(loaded: Loaded) -> None:
@@ -233,9 +235,11 @@ def test_a_refused_engine_and_a_foreign_runtime_are_load_errors(
     with pytest.raises(TritonModelException, match="not the runtime that this repository"):
         module.TritonPythonModel().initialize(arguments(runtime="other"))
 
-    def refuse(folder: Path, **settings: Any) -> Service:
-        raise EngineRefused("engine.onnx: altered after the build")
+    for reason in (EngineRefused("engine.onnx: altered after the build"), EngineFailed("the GPU is full")):
 
-    monkeypatch.setattr(Service, "open", refuse)
-    with pytest.raises(TritonModelException, match=r"engine refused: engine\.onnx: altered"):
-        module.TritonPythonModel().initialize(arguments())
+        def refuse(folder: Path, reason: Exception = reason, **settings: Any) -> Service:
+            raise reason
+
+        monkeypatch.setattr(Service, "open", refuse)
+        with pytest.raises(TritonModelException, match=f"engine refused: {reason}"):
+            module.TritonPythonModel().initialize(arguments())

@@ -570,6 +570,7 @@ def test_closing_ends_everything_and_refuses_more() -> None:
         assert one.reasons() == {0: "cancelled"}
     with pytest.raises(Busy, match="unloaded"):
         asked[0].submit(scheduler)
+    assert engine.closed
 
 
 def test_nothing_remains_of_finished_requests() -> None:

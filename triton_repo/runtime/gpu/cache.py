@@ -23,7 +23,7 @@ class DeviceCache:
 
     def __init__(self, device: Device, serving: Mapping[str, Any], dtype: npt.DTypeLike) -> None:
         """`serving`: the manifest's sizes. Raises EngineRefused, or DeviceMemoryFull."""
-        heads, capacity, head_dim = serving["kv_heads"], serving["capacity"], serving["head_dim"]
+        heads, capacity, head_dim = (int(serving[size]) for size in ("kv_heads", "capacity", "head_dim"))
         self._token = head_dim * np.dtype(dtype).itemsize
         self._heads = heads
         self._head = capacity * self._token
