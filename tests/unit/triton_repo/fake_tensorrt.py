@@ -1,8 +1,9 @@
 """A TensorRT module whose engines are ONNX graphs, run by ONNX Runtime at the addresses of a FakeCudart.
 
-`FakeTensorRT(api)` stands for the module tensorrt_rtx, `FakeTensorRT(api, rtx=False)` for tensorrt; the names
-and arguments are those of the real tensorrt_rtx (test_gpu_tensorrt.py compares them). `write_engine` makes the
-file. What TensorRT leaves undefined or answers with an error only in the log is Misuse (see fake_gpu).
+`FakeTensorRT(api)` stands for the module tensorrt_rtx, `FakeTensorRT(api, rtx=False)` for tensorrt; names and
+arguments are those of the real tensorrt_rtx (test_gpu_tensorrt.py compares them).
+`write_engine` makes the file.
+What TensorRT leaves undefined or answers with an error only in the log is Misuse (see fake_gpu).
 """
 
 from __future__ import annotations
