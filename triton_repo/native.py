@@ -12,10 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Final
 
-from build_engines.atomic import link_or_copy
 from build_engines.errors import RepositoryError
 from build_engines.stack import Model
 from triton_repo.config_pbtxt import BatchingSpec, ConfigSpec, EngineSpec, StepSpec, TensorSpec, WarmupSpec
@@ -67,13 +65,6 @@ def native_parts(model: Model, name: str, manifest: Mapping[str, Any], runtime: 
     if manifest["task"] != "embed":
         parts.append(Part(_answer(whole, manifest), "answer.py", ("manifest.json",)))
     return parts
-
-
-def link_files(part: Part, engine: Path, version: Path) -> None:
-    """Put the part's files of the engine folder into its version folder, which is there even if empty."""
-    version.mkdir(parents=True)
-    for name in part.files:
-        link_or_copy(engine / name, version / name)
 
 
 def _ensemble(whole: ConfigSpec, manifest: Mapping[str, Any]) -> ConfigSpec:

@@ -25,7 +25,7 @@ from build_engines.stack import Model, Stack
 from triton_repo.config_pbtxt import render, to_message
 from triton_repo.encoders import WARMUP_FILE, encoder_spec, warmup_bytes
 from triton_repo.generators import generator_spec, warmup_files
-from triton_repo.native import check_native, link_files, native_parts
+from triton_repo.native import check_native, native_parts
 from triton_repo.runtime import fingerprint
 from triton_repo.runtime.session import EngineRefused, check_files, read_manifest
 
@@ -172,7 +172,10 @@ def _served_by(entry: Entry) -> str:
 def _write_native(entry: Entry, repository: Path, runtime: str) -> None:
     for part in native_parts(entry.model, entry.name, entry.manifest, runtime):
         folder = repository / part.spec.name
-        link_files(part, entry.folder, folder / "1")
+        # An ensemble's version folder is empty, and must be there.
+        (folder / "1").mkdir(parents=True)
+        for name in part.files:
+            link_or_copy(entry.folder / name, folder / "1" / name)
         warmup = {WARMUP_FILE: warmup_bytes()} if part.warmup else {}
         _write_config(folder, render(to_message(part.spec)), warmup)
         if part.source is not None:

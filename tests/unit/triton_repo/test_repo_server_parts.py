@@ -192,9 +192,9 @@ def test_a_log_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> Non
 
 def test_a_missing_gpu_is_said_in_plain_words() -> None:
     log = (
-        "E1120 19:49:01.1 7 model_lifecycle.cc:642] \"failed to load 'vector' version 1: Invalid argument: instance "
-        "group vector_0 of model vector specifies invalid or unsupported gpu id 0. GPUs with at least the minimum "
-        'required CUDA compute compatibility of 6.000000 are: "\n'
+        "E1120 19:49:01.1 7 model_lifecycle.cc:642] \"failed to load 'vector' version 1: Invalid argument: "
+        "instance group vector_0 of model vector specifies invalid or unsupported gpu id 0. GPUs with at "
+        'least the minimum required CUDA compute compatibility of 6.000000 are: "\n'
     )
     assert server_log.failures(log)["vector"].startswith("it is for a GPU, and Triton finds none here")
 
