@@ -11,6 +11,7 @@ Nothing here needs a GPU or ONNX Runtime's package for it: kernels are chosen wh
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,11 @@ import numpy as np
 
 from build_engines.atomic import link_or_copy
 from build_engines.errors import CompileError
-from build_engines.graphs import operator_counts, read_graph, save_graph
+from build_engines.graphs import fix_dimension, operator_counts, read_graph, save_graph
 from build_engines.profiles import DecoderProfile
 from build_engines.targets.decoder_lowering import GroupQueryLowering, finish_lowering
 from build_engines.targets.gpu import gpu_compute_capability
+from triton_repo.runtime.gpu.onnxruntime import LAST_OFFSET
 
 if TYPE_CHECKING:
     import onnx
@@ -29,8 +31,7 @@ if TYPE_CHECKING:
     from build_engines.profiles import Profile
     from build_engines.targets import Progress
 
-LAST_POSITIONS = "last_positions"
-_FLOAT, _INT32 = 1, 6  # TensorProto.DataType
+_FLOAT = 1  # TensorProto.DataType
 _PROVIDER = "CUDAExecutionProvider"
 _QUANTIZED = {"QuantizeLinear", "DequantizeLinear"}
 
@@ -91,27 +92,35 @@ class OnnxRuntimeCudaTarget:
 def lower_decoder_for_cuda(model: onnx.ModelProto, capacity: int) -> onnx.ModelProto:
     """An FP16 graph of `export.write_decoder` with one GroupQueryAttention a layer; `model` is left as it is.
 
-    The input past_lengths (int64) becomes `last_positions` (int32 [batch]): past length + sequence - 1, which is
-    what the operator reads. ONNX Runtime would compute that on the host, from the shape of input_ids: two copies
-    between host and GPU in every step, and no step could be a CUDA graph. For the same reason the length of the
+    The operator reads each row's last position. From the shape of input_ids ONNX Runtime would compute it on the
+    host: two copies between host and GPU in every step, and no step could be a CUDA graph. So the graph has one
+    input more, `last_offset` (int32 [1]): tokens of this run, less one. For the same reason the length of the
     longest row, which the operator wants to know on the host, is always said to be `capacity`; what is read of a
     row is bounded by its own last position.
     """
-    from onnx import numpy_helper
+    from onnx import TensorProto, helper, numpy_helper
 
     result = type(model)()
     result.CopyFrom(model)
+    fix_dimension(result, "capacity", capacity)
     graph = result.graph
     nodes = list(graph.node)
     del graph.node[:]
-    graph.node.extend(GroupQueryLowering(nodes, ends=LAST_POSITIONS).nodes())
-    for value in graph.input:
-        if value.name == "past_lengths":
-            value.name, value.type.tensor_type.elem_type = LAST_POSITIONS, _INT32
+    graph.node.extend(_Lowering(nodes, ends="lengths.rows").nodes())
+    graph.input.append(helper.make_tensor_value_info(LAST_OFFSET, TensorProto.INT32, [1]))
     graph.initializer.append(numpy_helper.from_array(np.array([capacity], np.int32), "lengths.most"))
     del graph.value_info[:]
     finish_lowering(result)
     return result
+
+
+class _Lowering(GroupQueryLowering):
+    def _lengths(self) -> Iterator[onnx.NodeProto]:
+        from onnx import TensorProto, helper
+
+        starts = "lengths.starts"
+        yield helper.make_node("Cast", ["past_lengths"], [starts], name=starts, to=TensorProto.INT32)
+        yield helper.make_node("Add", [starts, LAST_OFFSET], [self.ends], name=self.ends)
 
 
 def _write_decoder(graph: Path, engine: Path, capacity: int) -> onnx.ModelProto:

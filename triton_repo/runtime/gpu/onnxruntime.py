@@ -1,43 +1,246 @@
-"""ONNX Runtime on the GPU: its sessions, and runs whose tensors are bound to addresses of the device."""
+"""ONNX Runtime on the GPU, with the interface of runtime.gpu.tensorrt: shapes and addresses in, work on the stream.
+
+So its encoders and LLMs are run by the same code as TensorRT's. Everything is bound to addresses of the device; a
+decode step is recorded as a CUDA graph by ONNX Runtime itself.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from triton_repo.runtime.gpu.cuda import MIB, Device
+from triton_repo.runtime.gpu.cuda import MIB, Device, DeviceMemoryFull
+from triton_repo.runtime.gpu.tensorrt import Shape, Tensor
 from triton_repo.runtime.session import EngineRefused
+from triton_repo.runtime.texts import EngineFailed
 
 PROVIDER = "CUDAExecutionProvider"
-INSTALL = "pip uninstall --yes onnxruntime, then pip install 'onnxruntime-gpu[cuda,cudnn]'"
-_MEMORY = ("Failed to allocate memory", "out of memory", "cudaErrorMemoryAllocation")
-# A width that is a multiple of 8 lets masked attention take its memory-efficient kernel.
-_WIDTHS = 8
+# An input that the lowered LLM has beside those of its typed graph: tokens of each row in this run, less one.
+LAST_OFFSET = "last_offset"
+_INSTALL = "pip uninstall --yes onnxruntime, then pip install 'onnxruntime-gpu[cuda,cudnn]'"
+_FULL = ("Failed to allocate memory", "out of memory", "cudaErrorMemoryAllocation")
+# Bindings that are kept; a server's shapes are few. Each decode step that is a CUDA graph keeps its own.
+_MOST_BINDINGS = 128
+_MOST_GRAPHS = 64
+Ranges = Mapping[str, Sequence[int]]  # symbolic dimension: smallest, usual, largest
+
+
+class OnnxRuntimeEngine:
+    """One session: `tensors` by name, `profiles` (their number), contexts. See TensorRTEngine."""
+
+    def __init__(
+        self,
+        path: Path,
+        device: Device,
+        *,
+        profiles: Sequence[Ranges],
+        exact: bool = False,
+        graphs: bool = False,
+        session: Any = None,
+    ) -> None:
+        """Load `path` onto the device.
+
+        Args:
+            profiles: the sizes of the symbolic dimensions by name, one mapping for each profile.
+            exact: FP32 is not rounded to TF32.
+            graphs: runs of profile 0 are recorded as CUDA graphs.
+            session: runs the graph instead of a session of its own.
+
+        Raises:
+            EngineRefused: no CUDA provider, or ONNX Runtime refuses the graph, with its words.
+            DeviceMemoryFull: its weights do not fit.
+        """
+        self.path, self.device, self.graphs = Path(path), device, graphs
+        self.profiles = len(profiles)
+        if session is None:
+            device.bind()
+            session = open_session(self.path, device, exact=exact, graphs=graphs)
+        self._session = session
+        self.tensors = {
+            tensor.name: _tensor(tensor, is_input, profiles)
+            for is_input, found in ((True, session.get_inputs()), (False, session.get_outputs()))
+            for tensor in found
+            if tensor.name != LAST_OFFSET
+        }
+        self._dimensions = {tensor.name: tuple(tensor.shape) for tensor in session.get_inputs()}
+        self._outputs = {tensor.name: tuple(tensor.shape) for tensor in session.get_outputs()}
+        self._offsets = self._offset_table(profiles) if LAST_OFFSET in self._dimensions else None
+
+    def context(self, profile: int = 0) -> ExecutionContext:
+        """A new context that runs shapes of `profile`."""
+        return ExecutionContext(self, recorded=profile == 0)
+
+    def profile_for(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """The first profile that takes inputs of these shapes. Raises ValueError."""
+        for profile in range(self.profiles):
+            ranges = {name: self.tensors[name].ranges[profile] for name in shapes}
+            if all(_within(tuple(shapes[name]), low, high) for name, (low, _, high) in ranges.items()):
+                return profile
+        raise ValueError(f"no profile of {self.path} takes {dict(shapes)}")
+
+    def save_cache(self) -> None:
+        """Nothing is compiled at run time here."""
+
+    def close(self) -> None:
+        """Let go of session and weights; a second time does nothing."""
+        if self._session is not None:
+            self.device.synchronize()
+        self._session = None
+
+    def output_shapes(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        """The outputs' shapes, from the names that they share with dimensions of the inputs."""
+        sizes: dict[Any, int] = {}
+        for name, shape in shapes.items():
+            sizes |= dict(zip(self._dimensions[name], shape, strict=True))
+        return {
+            name: tuple(sizes[size] if isinstance(size, str) else size for size in shape)
+            for name, shape in self._outputs.items()
+        }
+
+    def bind(self, shapes: Mapping[str, Shape], addresses: Mapping[str, int]) -> Any:
+        """A binding of every tensor to its address, for inputs of `shapes`. Raises EngineFailed."""
+        if missing := sorted(self.tensors.keys() - addresses.keys()):
+            raise EngineFailed(f"ONNX Runtime: no address for {', '.join(missing)}")
+        binding = self._session.io_binding()
+        index = self.device.info.index
+
+        def place(bind: Any, name: str, shape: Shape) -> None:
+            bind(name, "cuda", index, self.tensors[name].dtype.type, list(shape), addresses[name])
+
+        for name, shape in shapes.items():
+            place(binding.bind_input, name, shape)
+        for name, shape in self.output_shapes(shapes).items():
+            place(binding.bind_output, name, shape)
+        if self._offsets is not None:
+            last = shapes["input_ids"][1] - 1
+            address = self._offsets.address + last * self._offsets.dtype.itemsize
+            binding.bind_input(LAST_OFFSET, "cuda", index, self._offsets.dtype.type, [1], address)
+        return binding
+
+    def run(self, binding: Any, options: Any) -> None:
+        """Put a run on the device's stream. Raises EngineFailed or DeviceMemoryFull."""
+        self.device.bind()
+        try:
+            with _explained(self.device):
+                self._session.run_with_iobinding(binding, options)
+        except EngineFailed:
+            raise
+        except Exception as error:  # ONNX Runtime raises its own untyped exceptions
+            raise EngineFailed(f"ONNX Runtime: the run failed: {_first_line(error)}") from error
+
+    def _offset_table(self, profiles: Sequence[Ranges]) -> Any:
+        """0, 1, 2, ... on the device: a run of n tokens is bound to the place of n - 1, so nothing is copied."""
+        longest = max(ranges["sequence"][-1] for ranges in profiles)
+        table = self.device.array((longest,), np.int32, "buffers")
+        values = self.device.pinned((longest,), np.int32)
+        values[:] = np.arange(longest)
+        self.device.upload(table.address, values)
+        self.device.synchronize()
+        return table
+
+
+class ExecutionContext:
+    """Runs of one engine. See runtime.gpu.tensorrt.ExecutionContext."""
+
+    def __init__(self, engine: OnnxRuntimeEngine, *, recorded: bool) -> None:
+        self.engine = engine
+        self._recorded = recorded
+        self._shapes: dict[str, Shape] = {}
+        self._addresses: dict[str, int] = {}
+        self._bound: dict[Any, tuple[Any, int]] = {}  # binding, id of its CUDA graph or -1
+        self._options: dict[int, Any] = {}
+
+    def output_shapes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Shape]:
+        """The shapes of all outputs for inputs of `shapes`."""
+        return self.engine.output_shapes({name: tuple(shape) for name, shape in shapes.items()})
+
+    def enqueue(self, shapes: Mapping[str, Sequence[int]], addresses: Mapping[str, int]) -> None:
+        """Put one run on the device's stream: inputs of `shapes`, every tensor at its address.
+
+        Shapes and addresses that are not named stay as in the run before. Raises EngineFailed.
+        """
+        self._shapes |= {name: tuple(shape) for name, shape in shapes.items()}
+        self._addresses |= addresses
+        key = (tuple(self._shapes.items()), tuple(self._addresses.items()))
+        if key not in self._bound:
+            self._keep(key)
+        binding, graph = self._bound[key]
+        self.engine.run(binding, self._run_options(graph if self.engine.graphs else -1))
+
+    def _keep(self, key: Any) -> None:
+        binding = self.engine.bind(self._shapes, self._addresses)
+        graph = len(self._bound) if self._recorded and len(self._bound) < _MOST_GRAPHS else -1
+        if graph < 0 and len(self._bound) >= _MOST_BINDINGS:
+            del self._bound[next(reversed(self._bound))]  # never one of the first, which may be graphs
+        self._bound[key] = binding, graph
+
+    def _run_options(self, graph: int) -> Any:
+        if graph not in self._options:
+            import onnxruntime as ort
+
+            options = self._options[graph] = ort.RunOptions()
+            # Copies follow on the same stream, and one wait at their end is enough.
+            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+            options.add_run_config_entry("gpu_graph_id", str(graph))
+        return self._options[graph]
+
+
+def open_session(model: Path, device: Device, *, exact: bool, graphs: bool) -> Any:
+    """A session that puts everything on the device's one stream. Raises EngineRefused or DeviceMemoryFull."""
+    ort = load_library()
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1  # the host launches kernels and computes shapes, no more
+    # Weights are allocated one by one: the arena would keep what it rounds up.
+    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+    settings = {
+        "device_id": str(device.info.index),
+        "user_compute_stream": str(device.stream),
+        "arena_extend_strategy": "kSameAsRequested",
+        "use_tf32": "0" if exact else "1",
+        "enable_cuda_graph": "1" if graphs else "0",
+    }
+    try:
+        with _explained(device):
+            session = ort.InferenceSession(
+                str(model), options, providers=[(PROVIDER, settings), "CPUExecutionProvider"]
+            )
+    except DeviceMemoryFull:
+        raise
+    except Exception as error:  # ONNX Runtime raises its own untyped exceptions
+        raise EngineRefused(f"{model}: ONNX Runtime refuses it: {_first_line(error)}") from error
+    if PROVIDER not in session.get_providers():
+        raise EngineRefused(
+            f"{model}: ONNX Runtime could not start its {PROVIDER} and would compute on the CPU; why, it said on "
+            "standard error"
+        )
+    session.disable_fallback()
+    return session
 
 
 def load_library() -> Any:
-    """The module onnxruntime, with its CUDA provider and the libraries that one needs loaded.
+    """The module onnxruntime with its CUDA provider, and what that one is linked to, loaded.
 
-    ONNX Runtime itself would fall back to the CPU and only print why. Raises EngineRefused.
+    ONNX Runtime itself would compute on the CPU and only print why. Raises EngineRefused.
     """
-    import onnxruntime
-
-    if PROVIDER not in onnxruntime.get_available_providers():
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EngineRefused(f"the Python module onnxruntime is missing ({error}); {_INSTALL}") from None
+    version, providers = onnxruntime.__version__, onnxruntime.get_available_providers()
+    if PROVIDER not in providers:
         raise EngineRefused(
-            f"the onnxruntime {onnxruntime.__version__} installed here is the one for CPUs (its providers: "
-            f"{', '.join(onnxruntime.get_available_providers())}); {INSTALL}: both have one module name, so only "
-            "one of them can be installed"
+            f"the onnxruntime {version} installed here is the one for CPUs (providers: {', '.join(providers)}); "
+            f"onnxruntime and onnxruntime-gpu are one Python module, so one replaces the other: {_INSTALL}"
         )
     if hasattr(onnxruntime, "preload_dlls"):
-        with contextlib.redirect_stdout(None):  # it prints what it does not find; the next lines name it
+        with contextlib.redirect_stdout(None):  # it prints what it does not find; below that has a name
             onnxruntime.preload_dlls()
     folder = Path(onnxruntime.__file__).parent / "capi"
     try:
@@ -45,196 +248,45 @@ def load_library() -> Any:
         ctypes.CDLL(str(folder / "libonnxruntime_providers_cuda.so"))
     except OSError as error:
         raise EngineRefused(
-            f"the CUDA provider of onnxruntime {onnxruntime.__version__} does not load: {error}; a library of "
-            f"CUDA is missing: {INSTALL}"
+            f"the CUDA provider of onnxruntime {version} cannot be loaded ({error}); a library of CUDA or the "
+            f"driver is missing: {_INSTALL}, and see what `nvidia-smi` says"
         ) from None
     return onnxruntime
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a session computes: execution providers with their options, and whose addresses tensors have.
-
-    `graphs`: decode steps are recorded as CUDA graphs, each under an id.
-    """
-
-    kind: str
-    index: int
-    providers: tuple[tuple[str, dict[str, str]], ...]
-    graphs: bool = False
-
-
-def cuda_place(device: Device, *, exact: bool, graphs: bool = False) -> Place:
-    """Everything on the device's one stream, and no more memory than asked for. `exact`: no TF32 in FP32."""
-    options = {
-        "device_id": str(device.info.index),
-        "user_compute_stream": str(device.stream),
-        "arena_extend_strategy": "kSameAsRequested",
-        "use_tf32": "0" if exact else "1",
-        "enable_cuda_graph": "1" if graphs else "0",
-    }
-    return Place("cuda", device.info.index, ((PROVIDER, options),), graphs)
-
-
-def open_session(model: Path, place: Place) -> Any:
-    """A session whose every run is on `place`. Raises EngineRefused, also where a GPU's memory is full."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 1  # the host only launches kernels and computes shapes
-    # Weights come and go with the session, not with the arena, which would round them up.
-    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
-    providers = [*place.providers, ("CPUExecutionProvider", {})]
-    try:
-        session = ort.InferenceSession(str(model), options, providers=list(dict(providers).items()))
-        session.disable_fallback()
-    except Exception as error:  # ONNX Runtime raises its own untyped exceptions
-        raise EngineRefused(f"{model}: ONNX Runtime refuses it: {_first_line(error)}") from error
-    wanted = place.providers[0][0]
-    if wanted not in session.get_providers():
-        raise EngineRefused(
-            f"{model}: ONNX Runtime could not start its {wanted} and would compute on the CPU; "
-            "its own message stands in the log above"
-        )
-    return session
-
-
-@dataclass(slots=True)
-class Bindings:
-    """Runs of one session on tensors at given addresses."""
-
-    session: Any
-    place: Place
-    _options: dict[int, Any] = field(default_factory=dict)
-
-    def bind(
-        self,
-        inputs: Mapping[str, tuple[int, npt.DTypeLike, Sequence[int]]],
-        outputs: Mapping[str, tuple[int, npt.DTypeLike, Sequence[int]]],
-    ) -> Any:
-        """A binding of every tensor: its address, type and shape. The memory must outlive it."""
-        binding = self.session.io_binding()
-        for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
-            for name, (address, dtype, shape) in tensors.items():
-                bind(name, self.place.kind, self.place.index, np.dtype(dtype).type, tuple(shape), address)
-        return binding
-
-    def run(self, binding: Any, graph: int = -1) -> None:
-        """Put a run on the stream; `graph` >= 0 is the id of the CUDA graph that it is recorded as."""
-        self.session.run_with_iobinding(binding, self._run_options(graph if self.place.graphs else -1))
-
-    def _run_options(self, graph: int) -> Any:
-        if graph not in self._options:
-            import onnxruntime as ort
-
-            options = self._options[graph] = ort.RunOptions()
-            if self.place.kind == "cuda":
-                # Copies follow on the same stream, and one wait at their end is enough.
-                options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-                options.add_run_config_entry("gpu_graph_id", str(graph))
-        return self._options[graph]
-
-
-class OnnxRuntimeEncoderEngine:
-    """An encoder on the GPU; `runtime.encode.RunsEngine`. Safe to call from several threads, one run at a time.
-
-    Memory for the largest batch is taken once, when the engine is opened.
-    """
-
-    def __init__(self, manifest: dict[str, Any], session: Any, device: Device, place: Place) -> None:
-        self.manifest = manifest
-        serving = manifest["serving"]
-        self._width: int = serving["max_length"]
-        self._batch: int = serving["max_batch"]
-        self._pad_id: int = serving["pad_id"]
-        self._device = device
-        self._runs = Bindings(session, place)
-        self._lock = threading.Lock()
-        self._inputs = {
-            tensor.name: _Staged(device, (self._batch, self._width), np.int64)
-            for tensor in session.get_inputs()
-        }
-        self._outputs = {
-            tensor.name: _Staged(device, (self._batch, *tensor.shape[1:]), _dtype(tensor))
-            for tensor in session.get_outputs()
-        }
-
-    def run(self, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        """The outputs [batch, ...] for inputs int64 [batch, width]."""
-        batch, width = next(iter(arrays.values())).shape
-        if batch > self._batch or width > self._width:
-            raise ValueError(
-                f"{batch} x {width} tokens; this engine takes at most {self._batch} x {self._width}"
-            )
-        shape = (batch, min(-(-width // _WIDTHS) * _WIDTHS, self._width))
-        with self._lock, _explained(self._device):
-            for name, staged in self._inputs.items():
-                filled = staged.host(shape)
-                filled[:, :width] = arrays[name]
-                filled[:, width:] = self._pad_id if name == "input_ids" else 0
-                staged.upload(shape)
-            inputs = {name: staged.tensor(shape) for name, staged in self._inputs.items()}
-            shapes = {name: (batch, *staged.shape[1:]) for name, staged in self._outputs.items()}
-            outputs = {name: staged.tensor(shapes[name]) for name, staged in self._outputs.items()}
-            self._runs.run(self._runs.bind(inputs, outputs))
-            for name, staged in self._outputs.items():
-                staged.download(shapes[name])
-            self._device.synchronize()
-            return {name: staged.host(shapes[name]).copy() for name, staged in self._outputs.items()}
-
-    def warm_up(self) -> None:
-        """Run the largest batch: what does not fit is known now, not under load."""
-        shape = (self._batch, self._width)
-        self.run({name: np.ones(shape, np.int64) for name in self._inputs})
-
-    def close(self) -> None:
-        """Give everything on the device back."""
-        self._runs.session = None
-        self._device.close()
-
-
-class _Staged:
-    """A tensor's room on the device and in pinned memory, used from the start by whatever shape fits."""
-
-    def __init__(self, device: Device, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
-        self.shape = shape
-        self._device = device
-        self._there = device.array(shape, dtype, "buffers")
-        self._here = device.pinned(shape, dtype).reshape(-1)
-
-    def host(self, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        return self._here[: int(np.prod(shape))].reshape(shape)
-
-    def tensor(self, shape: tuple[int, ...]) -> tuple[int, npt.DTypeLike, tuple[int, ...]]:
-        return self._there.address, self._there.dtype, shape
-
-    def upload(self, shape: tuple[int, ...]) -> None:
-        self._device.upload(self._there.address, self.host(shape))
-
-    def download(self, shape: tuple[int, ...]) -> None:
-        self._device.download(self.host(shape), self._there.address)
-
-
-def _dtype(tensor: Any) -> npt.DTypeLike:
-    """numpy's name of "tensor(float16)" and its like."""
+def _tensor(tensor: Any, is_input: bool, profiles: Sequence[Ranges]) -> Tensor:
+    """ONNX Runtime's description of a tensor ("tensor(float16)", dimensions by name) as the engine's."""
     name = tensor.type.removeprefix("tensor(").removesuffix(")")
-    return np.dtype({"float": "float32", "double": "float64"}.get(name, name))
+    dtype: np.dtype[Any] = np.dtype({"float": "float32"}.get(name, name))
+    ranges = []
+    for sizes in profiles if is_input else ():
+        low, usual, high = (
+            tuple(sizes[size][pick] if isinstance(size, str) else size for size in tensor.shape)
+            for pick in range(3)
+        )
+        ranges.append((low, usual, high))
+    shape = tuple(-1 if isinstance(size, str) else size for size in tensor.shape)
+    return Tensor(tensor.name, is_input, dtype, shape, tuple(ranges))
+
+
+def _within(shape: Shape, low: Shape, high: Shape) -> bool:
+    return len(shape) == len(low) and all(a <= s <= b for a, s, b in zip(low, shape, high, strict=True))
 
 
 @contextlib.contextmanager
 def _explained(device: Device) -> Iterator[None]:
-    """ONNX Runtime's complaint about memory, with what the device has."""
+    """ONNX Runtime's complaints about memory become DeviceMemoryFull, with what the device has."""
     try:
         yield
     except Exception as error:
-        if not any(sign in str(error) for sign in _MEMORY):
+        if not any(sign in str(error) for sign in _FULL):
             raise
         free, total = device.memory()
-        raise MemoryError(
-            f"the GPU is full: {free / MIB:,.0f} of {total / MIB:,.0f} MiB are free, and ONNX Runtime needs more; "
-            "other models or programs hold the rest (see `nvidia-smi`), or max_batch, max_length or slots are "
-            f"too large for this card ({_first_line(error)})"
+        raise DeviceMemoryFull(
+            f"the GPU is full: ONNX Runtime needs more than the {free / MIB:,.0f} of {total / MIB:,.0f} MiB that "
+            "are free; other models or programs hold the rest; see `nvidia-smi`, stop what is not needed, or make "
+            f"slots, max_length or max_batch smaller and build again ({_first_line(error)})",
+            "cudaErrorMemoryAllocation",
         ) from error
 
 
