@@ -7,7 +7,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TORCH := torch==2.13.0
 EXTRAS := serve,build,trt-rtx,demo,bench,dev
 
-.PHONY: help setup demo engines serve bench bench-llm flagship test lint clean
+# A GPU machine may bring its own interpreter: `PYTHON=python3 make test-gpu` takes it as it is, without .venv.
+ifneq ($(filter environment command line,$(origin PYTHON)),)
+ON_GPU := PYTHONPATH=$(CURDIR) $(PYTHON)
+GPU_SETUP :=
+else
+ON_GPU := $(BIN)/python
+GPU_SETUP := setup
+endif
+
+.PHONY: help setup demo engines serve bench bench-llm flagship test test-gpu bench-gpu lint clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -59,6 +68,12 @@ flagship: setup ## a random EEVE-shaped 10.8 B model to an INT8 TensorRT-RTX eng
 
 test: setup ## run all tests
 	@$(BIN)/python -m pytest
+
+test-gpu: $(GPU_SETUP) ## run the tests that need a GPU; a table and build/gpu/test.json say what ran and what could not
+	@$(ON_GPU) -m pytest tests/gpu
+
+bench-gpu: $(GPU_SETUP) ## measure engines on this GPU against Transformers and its limits: build/gpu/bench.json, bench.txt
+	@$(ON_GPU) -m build_engines.cli bench-gpu build/gpu
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -43,19 +43,22 @@ def main() -> None:
 @json_option
 @fail_cleanly
 def plan(stack: Path, build_dir: Path | None, as_json: bool) -> None:
-    """Does the stack fit the card? Needs no model library and no GPU.
+    """Does the stack fit the card? Needs no model library and no GPU; one that is here is shown beside it.
 
     \b
     Example:
       build-engines plan stacks/korean-reviews.toml --json
     """
+    from build_engines.gpu_here import find_gpu
     from build_engines.plan import plan_stack, render_plan, require_fit
 
-    found = plan_stack(_load(stack, build_dir))
+    found, gpu = plan_stack(_load(stack, build_dir)), find_gpu()
     if as_json:
-        print_json(found.as_dict())
+        print_json({**found.as_dict(), "gpu": gpu.as_dict() if gpu else None})
     else:
         wide_console().print(render_plan(found))
+        for line in gpu.compared(found) if gpu else ():
+            wide_console().print(line, markup=False, highlight=False)
     require_fit(found)
 
 
@@ -260,6 +263,34 @@ def flagship(folder: Path, layers: int, as_json: bool) -> None:
         print_json([step.as_dict() for step in steps])
     else:
         wide_console().print(render_steps(steps, folder))
+
+
+@main.command("bench-gpu")
+@click.argument("folder", type=click.Path(path_type=Path), default=Path("build/gpu"))
+@click.option("--minutes", type=click.FloatRange(min=1), default=10, show_default=True)
+@json_option
+@fail_cleanly
+def bench_gpu(folder: Path, minutes: float, as_json: bool) -> None:
+    """Measure engines on this machine's GPU against Transformers, its limits, and the plan's memory.
+
+    Random models of BERT-base's size and an LLM of one billion parameters; no hub and no index is asked. What
+    is missing here or fails is a row with its reason. FOLDER keeps checkpoints, engines, bench.json, bench.txt.
+
+    \b
+    Example:
+      build-engines bench-gpu build/gpu --minutes 20
+    """
+    from build_engines.gpu.command import run_bench
+    from build_engines.gpu.report import document, render
+    from build_engines.gpu.settings import Settings
+
+    found = run_bench(
+        Settings(folder=folder, minutes=minutes), lambda text: console.print(f"  {text}", markup=False)
+    )
+    if as_json:
+        print_json(document(found))
+    else:
+        wide_console().print(render(found))
 
 
 def _load(path: Path, build_dir: Path | None) -> Stack:

@@ -144,7 +144,7 @@ def compile_llm(batch: int, prompt: int, new: int) -> str:
     for mode in _modes():
         _loaded[f"step {batch}"] = torch.compile(_step, mode=mode, dynamic=False)
         try:
-            _decode(COMPILED, batch, prompt, new, steps=min(new, 4))
+            _decode(COMPILED, batch, (prompt, new), min(new, 4), to_host=True)
         except Exception as error:  # as in compile_encoder
             reasons.append(f"{mode}: {said(error)}")
             for kind in ("step", "cache"):
@@ -155,15 +155,19 @@ def compile_llm(batch: int, prompt: int, new: int) -> str:
     raise Failed("; ".join(reasons))
 
 
-def time_decode(contender: str, batch: int, prompt: int, new: int) -> list[float]:
-    """Seconds of each of `new` greedy steps after prompts of one length; each token reaches the host."""
-    return _decode(contender, batch, prompt, new, steps=new)
+def time_decode(contender: str, way: str, batch: int, prompt: int, new: int) -> list[float]:
+    """Seconds of each of `new` greedy steps after prompts of one length; "host": each token reaches it."""
+    return _decode(contender, batch, (prompt, new), new, to_host=way == "host")
 
 
-def _decode(contender: str, batch: int, prompt: int, new: int, *, steps: int) -> list[float]:
+def _decode(
+    contender: str, batch: int, lengths: tuple[int, int], steps: int, *, to_host: bool
+) -> list[float]:
+    """`steps` steps with a cache that holds a prompt and so many new tokens as `lengths` say."""
     from transformers import DynamicCache
 
     torch, lm = _torch(), _loaded["lm"]
+    prompt, new = lengths
     ids = torch.from_numpy(prompts(batch, prompt, lm.config.vocab_size)).to(_loaded["device"])
     compiled = contender == COMPILED
     cache = _static_cache(lm, batch, prompt + new + 1) if compiled else DynamicCache(config=lm.config)
@@ -177,7 +181,10 @@ def _decode(contender: str, batch: int, prompt: int, new: int, *, steps: int) ->
             torch.compiler.cudagraph_mark_step_begin()
             # A copy: the graph's own output is overwritten by its next run.
             token = step(lm, token, cache).clone()
-            token.tolist()
+            if to_host:
+                token.tolist()
+            elif _loaded["device"] == "cuda":
+                torch.cuda.synchronize()
             times.append(time.perf_counter() - started)
     return times
 

@@ -6,15 +6,17 @@ Runs in a side process of its own, one for each target.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from build_engines.gpu.timing import Run, encoder_arrays, prompts, timed_runs
+from build_engines.gpu.bare import Bare, open_bare
+from build_engines.gpu.timing import encoder_arrays, prompts, timed_runs
 
 # In the side process: the engines it has opened, and the size of their vocabularies, by contender.
 _loaded: dict[str, Any] = {}
 _vocabulary: dict[str, int] = {}
+_folders: dict[str, Path] = {}
+_bare: dict[str, Bare] = {}
 
 
 def load_encoder(contender: str, folder: Path, vocabulary: int) -> float:
@@ -23,7 +25,7 @@ def load_encoder(contender: str, folder: Path, vocabulary: int) -> float:
 
     started = time.perf_counter()
     _loaded[contender] = open_encoder_engine(folder)
-    _vocabulary[contender] = vocabulary
+    _vocabulary[contender], _folders[contender] = vocabulary, folder
     return time.perf_counter() - started
 
 
@@ -33,17 +35,14 @@ def time_encoder(contender: str, way: str, shape: tuple[int, int], seconds: floa
     arrays = encoder_arrays(engine.manifest["serving"]["inputs"], *shape, _vocabulary[contender])
     if way == "host":
         return timed_runs(lambda: engine.run(arrays), seconds)
-    return timed_runs(_on_device(engine, arrays), seconds)
+    return timed_runs(_bare_engine(contender).encoder_run(arrays), seconds)
 
 
-def _on_device(engine: Any, arrays: Any) -> Run:
-    """One run with inputs and outputs in the GPU's memory, where the engine can."""
-    from build_engines.gpu.results import Skipped
-
-    prepare: Callable[[Any], Run] | None = getattr(engine, "on_device", None)
-    if prepare is None:
-        raise Skipped("this engine runs from host memory only")
-    return prepare(arrays)
+def _bare_engine(contender: str) -> Bare:
+    """A second copy of the engine, for runs without copies; loaded when first asked for."""
+    if contender not in _bare:
+        _bare[contender] = open_bare(_folders[contender])
+    return _bare[contender]
 
 
 # --- LLM --------------------------------------------------------------------------------------------------
@@ -55,7 +54,7 @@ def load_decoder(contender: str, folder: Path) -> float:
 
     started = time.perf_counter()
     engine = _loaded[contender] = open_decoder_engine(folder)
-    _vocabulary[contender] = engine.vocabulary
+    _vocabulary[contender], _folders[contender] = engine.vocabulary, folder
     return time.perf_counter() - started
 
 
@@ -66,8 +65,12 @@ def time_prompt(contender: str, length: int, seconds: float) -> list[float]:
     return timed_runs(lambda: _prefilled(engine, 0, prompt), seconds)
 
 
-def time_decode(contender: str, batch: int, prompt: int, new: int) -> list[float]:
-    """Seconds of each of `new` greedy steps after prompts of one length; logits reach the host."""
+def time_decode(contender: str, way: str, batch: int, prompt: int, new: int) -> list[float]:
+    """Seconds of each of `new` steps after prompts of one length. "host": greedy, logits reach the host;
+    "device": the same step in the middle of them again and again, logits stay on the GPU."""
+    if way == "device":
+        run = _bare_engine(contender).step_run(batch, prompt + new // 2)
+        return timed_runs(run, 0, least=new)
     engine = _loaded[contender]
     rows = prompts(batch, prompt, _vocabulary[contender])
     tokens = [_prefilled(engine, slot, row.tolist()) for slot, row in enumerate(rows)]
@@ -84,18 +87,6 @@ def _prefilled(engine: Any, slot: int, prompt: list[int]) -> int:
     for start in range(0, len(prompt), engine.chunk):
         logits = engine.prefill(slot, prompt[start : start + engine.chunk], start)
     return int(logits.argmax())
-
-
-def drop(contender: str) -> None:
-    """Close an engine, so that its memory is free for the next."""
-    import gc
-
-    engine = _loaded.pop(contender, None)
-    close = getattr(engine, "close", None)
-    if close is not None:
-        close()
-    del engine
-    gc.collect()
 
 
 def run_largest(contender: str) -> None:

@@ -1,22 +1,23 @@
 """The LLM: a prompt's tokens per second, the time to its first token, and decoding at several batches.
 
-Engines are called as the scheduler calls them: tokens from the host, logits to the host. Transformers
-chooses its token on the GPU, which favours it a little, and so does its cache, which is only as long as the
-run needs where the engine's is a whole slot. What no engine can beat while decoding is the memory: each step
+"host": engines are called as the scheduler calls them, tokens from the host, logits to the host; Transformers
+chooses its token on the GPU and brings that, which favours it a little. "device": a step whose result stays
+on the GPU. Transformers' cache is only as long as the run needs, the engine's is a whole slot. What no engine
+can beat while decoding is the memory: each step
 reads every weight once, and the keys and values of each sequence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass, field, replace
+from typing import Final
 
 from build_engines.gpu import baselines, contenders
 from build_engines.gpu.building import build_engine
-from build_engines.gpu.encoders import COMPILE_S, LOAD_S, TORCH
+from build_engines.gpu.encoders import COMPILE_S, LOAD_S, TORCH, WAYS
 from build_engines.gpu.models import LLM, Sizes
-from build_engines.gpu.results import Clock, Outcome, Row
+from build_engines.gpu.results import Clock, Row
 from build_engines.gpu.settings import Run
 from build_engines.gpu.timing import summary
 
@@ -30,11 +31,12 @@ class _Contender:
     name: str
     side: str
     time_prompt: Callable[[str, int, float], list[float]] | None
-    time_decode: Callable[[str, int, int, int], list[float]]
+    time_decode: Callable[[str, str, int, int, int], list[float]]
     batches: Sequence[int]
     weight: int = 2
     note: str = ""
-    times: dict[int, list[float]] = field(default_factory=dict)
+    ways: list[str] = field(default_factory=lambda: list(WAYS))
+    times: dict[tuple[int, str], list[float]] = field(default_factory=dict)
 
 
 def measure_decoders(run: Run, targets: Sequence[str], clock: Clock) -> None:
@@ -47,7 +49,7 @@ def measure_decoders(run: Run, targets: Sequence[str], clock: Clock) -> None:
                 break
             for batch in (_PROMPT, *sizes.batches):
                 for contender in list(racing):
-                    if not _timed(run, contender, batch).measured:
+                    if not _timed(run, contender, batch):
                         racing.remove(contender)
     finally:
         for side in (TORCH, *targets):
@@ -115,53 +117,53 @@ def _opened(contender: str, seconds: float) -> Row:
     return Row(part="decoders", case="open", model=LLM, contender=contender, value=seconds, unit="s")
 
 
-def _timed(run: Run, contender: _Contender, batch: int) -> Outcome:
-    sizes = run.settings.sizes
-    what = f"prompt of {sizes.prompt}" if batch == _PROMPT else step(batch)
-    skipped = contender.time_prompt is None if batch == _PROMPT else batch not in contender.batches
-    if skipped:
-        return Outcome()
-    with run.results.case("decoders", what, model=LLM, contender=contender.name) as outcome:
-        call: tuple[Any, ...]
-        if batch == _PROMPT:
-            call = (contender.time_prompt, contender.name, sizes.prompt, run.settings.block)
-        else:
-            call = (contender.time_decode, contender.name, batch, sizes.prompt, sizes.new)
-        times = run.side(contender.side).call(*call, seconds=LOAD_S)
-        contender.times.setdefault(batch, []).extend(times)
-    return outcome
+def _timed(run: Run, contender: _Contender, batch: int) -> bool:
+    """The prompt, or a run of steps in each way; False when this contender is out."""
+    sizes, side = run.settings.sizes, run.side(contender.side)
+    if batch == _PROMPT:
+        if contender.time_prompt is None:
+            return True
+        with run.results.case("decoders", _prompt(sizes), model=LLM, contender=contender.name) as outcome:
+            given = (contender.name, sizes.prompt, run.settings.block)
+            times = side.call(contender.time_prompt, *given, seconds=LOAD_S)
+            contender.times.setdefault((batch, "host"), []).extend(times)
+        return outcome.status != "failed"
+    for way in tuple(contender.ways) if batch in contender.batches else ():
+        with run.results.case("decoders", step(batch), model=LLM, contender=contender.name) as outcome:
+            steps = (contender.name, way, batch, sizes.prompt, sizes.new)
+            times = side.call(contender.time_decode, *steps, seconds=LOAD_S)
+            contender.times.setdefault((batch, way), []).extend(times)
+        if outcome.status == "skipped":
+            contender.ways.remove(way)
+        elif outcome.status == "failed":
+            return False
+    return True
 
 
 def _report(run: Run, contender: _Contender) -> None:
     sizes = run.settings.sizes
-    for batch, times in contender.times.items():
+    for (batch, way), times in contender.times.items():
         least = _least(run, contender.weight, batch)
         middle, (low, high) = summary(times)
         tokens = sizes.prompt if batch == _PROMPT else batch
-        shared = {"model": LLM, "contender": contender.name, "runs": len(times), "note": contender.note}
-        if batch == _PROMPT:
-            run.results.add(
-                Row(
-                    part="decoders",
-                    case="first token",
-                    value=1e3 * middle,
-                    unit="ms",
-                    limit=None if least is None else 1e3 * least,
-                    spread=(1e3 * low, 1e3 * high),
-                    **shared,  # type: ignore[arg-type]
-                )
-            )
-        run.results.add(
-            Row(
-                part="decoders",
-                case=f"prompt of {sizes.prompt}" if batch == _PROMPT else step(batch),
-                value=tokens / middle,
-                unit="tokens/s",
-                limit=None if least is None else tokens / least,
-                spread=(tokens / high, tokens / low),
-                **shared,  # type: ignore[arg-type]
-            )
+        rate = Row(
+            part="decoders",
+            case=_prompt(sizes) if batch == _PROMPT else step(batch),
+            model=LLM,
+            contender=contender.name,
+            way=way,
+            value=tokens / middle,
+            unit="tokens/s",
+            limit=None if least is None else tokens / least,
+            spread=(tokens / high, tokens / low),
+            runs=len(times),
+            note=contender.note,
         )
+        if batch == _PROMPT:
+            first = replace(rate, case="first token", value=1e3 * middle, unit="ms")
+            limit = None if least is None else 1e3 * least
+            run.results.add(replace(first, limit=limit, spread=(1e3 * low, 1e3 * high)))
+        run.results.add(rate)
 
 
 def _least(run: Run, weight: int, batch: int) -> float | None:
@@ -188,6 +190,10 @@ def parameters(sizes: Sizes) -> tuple[int, int]:
     narrow = llm.hidden // llm.heads * llm.kv_heads
     layer = 2 * llm.hidden * llm.hidden + 2 * llm.hidden * narrow + 3 * llm.hidden * llm.ffn
     return llm.layers * layer, llm.vocabulary * llm.hidden
+
+
+def _prompt(sizes: Sizes) -> str:
+    return f"prompt of {sizes.prompt}"
 
 
 def step(batch: int) -> str:

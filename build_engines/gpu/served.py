@@ -68,7 +68,9 @@ def _bare_decoding(run: Run, row: Row) -> float | None:
         (
             bare.value
             for bare in run.results.measured("decoders")
-            if bare.contender == row.contender and bare.case == f"decode, {streams} at once"
+            if bare.contender == row.contender
+            and bare.case == f"decode, {streams} at once"
+            and bare.way == "host"
         ),
         None,
     )

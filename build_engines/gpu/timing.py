@@ -12,16 +12,17 @@ import numpy as np
 Run = Callable[[], object]
 
 _WARM_UP: Final = 3  # the first allocates, the second captures a graph, the third launches it
-_LEAST, _MOST = 7, 2000
+_LEAST: Final = 7
+_MOST: Final = 2000
 
 
-def timed_runs(run: Run, seconds: float) -> list[float]:
+def timed_runs(run: Run, seconds: float, least: int = _LEAST) -> list[float]:
     """Seconds of each run for about so long. `run` returns when its work is done, also on a GPU."""
     for _ in range(_WARM_UP):
         run()
     times: list[float] = []
     end = time.perf_counter() + seconds
-    while len(times) < _LEAST or (time.perf_counter() < end and len(times) < _MOST):
+    while len(times) < least or (time.perf_counter() < end and len(times) < _MOST):
         started = time.perf_counter()
         run()
         times.append(time.perf_counter() - started)
