@@ -160,13 +160,7 @@ def _write_model(entry: Entry, folder: Path, runtime: str) -> None:
     _write_config(folder, render(to_message(spec)), warmup)
     for name in ("manifest.json", entry.manifest["engine"]["file"], *entry.manifest["files"]):
         link_or_copy(entry.folder / name, version / name)
-    _copy_code(_served_by(entry), version)
-
-
-def _served_by(entry: Entry) -> str:
-    if entry.manifest["target"] == "tensorrt-llm":
-        return "tensorrt_llm_generator.py"
-    return "generator.py" if entry.model.task == "generate" else "encoder.py"
+    _copy_code("generator.py" if entry.model.task == "generate" else "encoder.py", version)
 
 
 def _write_native(entry: Entry, repository: Path, runtime: str) -> None:

@@ -91,12 +91,12 @@ class LlmBuild(ModelBuild):
         folder = self.stack.build_dir / "engines" / self.model.name / precision / _TARGET
 
         def build(out: Path) -> dict[str, Any]:
+            self.require_unchanged()  # before: a link more is a change, too, to the file system
             for path in checkpoint_files(self.source):
                 link_or_copy(path, out / path.name)
             for name in ("tokenizer.json", TEMPLATE_FILE):
                 if (graph.folder / name).is_file():
                     shutil.copyfile(graph.folder / name, out / name)
-            self.require_unchanged()
             write_manifest(out, manifest, _ENGINE_FILE)
             return {"bytes": memory.tensors}
 
