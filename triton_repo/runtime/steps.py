@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from triton_repo.runtime.service import Arrays, Reader, best_first, flags, label_bytes
+from triton_repo.runtime.service import Accepted, Arrays, Job, Reader, best_first, flags, label_bytes
 from triton_repo.runtime.session import check_files, read_manifest
 from triton_repo.runtime.texts import BadRequest
 from triton_repo.runtime.tokenization import Row, TextTokenizer, padded
 
 _NARROWEST = 16
+# What a run costs a GPU beyond its tokens, in tokens: below about this many, reading the weights takes
+# the time. An estimate from bandwidth and arithmetic of the cards, not a measurement.
+_RUN_TOKENS = 128
 
 
 def widths(max_length: int) -> tuple[int, ...]:
@@ -28,6 +31,32 @@ def widths(max_length: int) -> tuple[int, ...]:
         found.append(width)
         width *= 2
     return (*found, max_length)
+
+
+def shared_widths(needs: Sequence[tuple[int, int]]) -> list[int]:
+    """Widths for requests that wait one behind the other, each of (rows, width needed).
+
+    Triton ends a batch at the first request of another shape and keeps the order, so mixed traffic would run
+    one by one. Neighbours get their widest width where that costs less than runs of their own: the split into
+    neighbours that costs least, where a run costs `_RUN_TOKENS` and its rows times its width.
+    """
+    best, start_of = [0], [0]
+    for end in range(1, len(needs) + 1):
+        rows = width = 0
+        options = []
+        for start in range(end - 1, -1, -1):
+            rows, width = rows + needs[start][0], max(width, needs[start][1])
+            options.append((best[start] + _RUN_TOKENS + rows * width, start))
+        lowest, start = min(options)
+        best.append(lowest)
+        start_of.append(start)
+    found: list[int] = []
+    end = len(needs)
+    while end:
+        start = start_of[end]
+        found[:0] = [max(width for _, width in needs[start:end])] * (end - start)
+        end = start
+    return found
 
 
 class TokenizeStep:
@@ -67,25 +96,28 @@ class TokenizeStep:
 
     def answer(self, requests: Sequence[Mapping[str, Any]]) -> list[Arrays | BadRequest]:
         """One answer per request, in order; a bad request is returned, not raised."""
-        answers: list[Arrays | BadRequest] = []
-        for found in self.reader.rows(requests):
-            if isinstance(found, BadRequest):
-                answers.append(found)
-            elif len(found[1]) > self._max_batch:
-                answers.append(self._too_many(*found[0].shape))
-            else:
-                answers.append(
-                    self._padded(found[1]) | self._shape(*found[0].shape) | {"truncated": flags(*found)}
-                )
-        return answers
+        read = [self._bounded(found) for found in self.reader.rows(requests)]
+        accepted = [found for found in read if not isinstance(found, BadRequest)]
+        chosen = iter(shared_widths([(len(rows), self._width(rows)) for _, rows in accepted]))
+        return [
+            found if isinstance(found, BadRequest) else self._answer(*found, next(chosen)) for found in read
+        ]
 
-    def _padded(self, rows: Sequence[Row]) -> Arrays:
+    def _bounded(self, found: Accepted | BadRequest) -> Accepted | BadRequest:
+        if isinstance(found, BadRequest) or len(found[1]) <= self._max_batch:
+            return found
+        return self._too_many(*found[0].shape)
+
+    def _width(self, rows: Sequence[Row]) -> int:
         longest = max(len(row.ids) for row in rows)
-        width = next(width for width in self._widths if width >= longest)
+        return next(width for width in self._widths if width >= longest)
+
+    def _answer(self, job: Job, rows: list[Row], width: int) -> Arrays:
         real = sum(len(row.ids) for row in rows)
         self.tokens += real
         self.padding += len(rows) * width - real
-        return dict(padded(rows, width, self._pad_id, self._inputs))
+        own = {"truncated": flags(job, rows), **self._shape(*job.shape)}
+        return own | padded(rows, width, self._pad_id, self._inputs)
 
     def _shape(self, queries: int, passages: int) -> Arrays:
         if self.reader.task != "rerank":

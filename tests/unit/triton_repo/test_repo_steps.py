@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from repo_fakes import seal
 
+from triton_repo.runtime import steps
 from triton_repo.runtime.session import EngineRefused
-from triton_repo.runtime.steps import AnswerStep, TokenizeStep, widths
+from triton_repo.runtime.steps import AnswerStep, TokenizeStep, shared_widths, widths
 from triton_repo.runtime.texts import BadRequest
 from triton_repo.runtime.tokenization import TextTokenizer
 
@@ -48,7 +50,7 @@ def test_widths_are_few_and_reach_the_longest_text(longest: int) -> None:
 
 def test_rows_are_padded_to_the_next_width(wordpiece_file: Path) -> None:
     own = step(wordpiece_file, "classify")
-    short, long = own.answer([{"text": column("good")}, {"text": column("good", "a " * 20)}])
+    (short,), (long,) = (own.answer([{"text": column(*texts)}]) for texts in (["good"], ["good", "a " * 20]))
     assert isinstance(short, dict)
     assert isinstance(long, dict)
     assert short["input_ids"].shape == (1, 16)
@@ -60,6 +62,37 @@ def test_rows_are_padded_to_the_next_width(wordpiece_file: Path) -> None:
     assert {value.dtype for name, value in short.items() if name != "truncated"} == {np.dtype(np.int64)}
     real = 2 * len(ids) + 22
     assert own.counts == {"tokens": real, "padding": 16 + 64 - real, "truncated": 0}
+
+
+@given(st.lists(st.tuples(st.integers(1, 8), st.sampled_from([16, 32, 64, 128, 256, 512])), max_size=8))
+def test_shared_widths_cost_least(needs: list[tuple[int, int]]) -> None:
+    def cost(chosen: Sequence[int]) -> int:
+        """Triton's runs: neighbours of one width share one."""
+        changes = sum(a != b for a, b in itertools.pairwise(chosen))
+        tokens = sum(rows * width for (rows, _), width in zip(needs, chosen, strict=True))
+        return steps._RUN_TOKENS * (changes + bool(chosen)) + tokens
+
+    found = shared_widths(needs)
+    assert all(width >= need for width, (_, need) in zip(found, needs, strict=True))
+    assert set(found) <= {need for _, need in needs}
+    for cuts in itertools.product([False, True], repeat=max(0, len(needs) - 1)):
+        other: list[int] = []
+        group: list[tuple[int, int]] = []
+        for need, cut in zip(needs, [*cuts, True], strict=False):
+            group.append(need)
+            if cut:
+                other += [max(width for _, width in group)] * len(group)
+                group = []
+        assert cost(found) <= cost(other)
+
+
+def test_short_texts_wait_with_long_ones_but_not_with_very_long_ones(wordpiece_file: Path) -> None:
+    own = step(wordpiece_file, "embed", max_length=512)
+    texts = ["good", "a " * 50, "good", "a " * 50]
+    found = own.answer([{"text": column(text)} for text in texts])
+    assert [answer["input_ids"].shape[1] for answer in found if isinstance(answer, dict)] == [64] * 4
+    found = own.answer([{"text": column(text)} for text in ("good", "a " * 500, "", "good")])
+    assert [answer["input_ids"].shape[1] for answer in found if isinstance(answer, dict)] == [16, 512, 16]
 
 
 def test_a_text_that_is_cut_is_flagged_and_has_the_full_width(wordpiece_file: Path) -> None:
