@@ -78,7 +78,7 @@ class GenerationService:
         max_queue: int = 256,
         queue_timeout_s: float = 60.0,
     ) -> GenerationService:
-        """Open an engine folder (digests checked) and start its scheduler. `device` is the GPU, where one is needed.
+        """Open an engine folder (digests checked) and start its scheduler. `device`: which GPU, if any.
 
         Raises EngineRefused, TokenizerRefused or TemplateRefused.
         """

@@ -119,7 +119,7 @@ class Scheduler:
         self._thread.start()
 
     def close(self) -> None:
-        """End what runs or waits as "cancelled", stop the loop, deliver what was answered, close the engine."""
+        """End what runs or waits as "cancelled"; deliver what was answered; close the engine."""
         with self._changed:
             self._closing = True
             self._changed.notify()

