@@ -64,6 +64,7 @@ from build_engines.stack_types import (
     TableType,
     Target,
     Task,
+    compiles,
 )
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
@@ -90,8 +91,7 @@ def load_stack(path: Path, *, build_dir: Path | None = None) -> Stack:
     portable = _portable(top, card, targets)
     models = _models(top, card)
     for model in models.values():
-        if "fp32" in model.precisions and "onnxruntime" not in targets:
-            raise top.bad("targets", f"lacks onnxruntime, the only one that runs {model.name} in fp32")
+        _require_target(top, model, targets)
     return Stack(
         name=name,
         path=path,
@@ -131,6 +131,19 @@ def _portable(top: Table, card: Card, targets: tuple[Target, ...]) -> bool:
             else None,
         )
     return portable
+
+
+def _require_target(top: Table, model: Model, targets: tuple[Target, ...]) -> None:
+    """Every precision of the model has at least one target that makes an engine of it."""
+    for precision in () if model.target else model.precisions:
+        if not any(compiles(target, model.task, precision) for target in targets):
+            able = [target for target in TARGETS if compiles(target, model.task, precision)]
+            raise top.bad(
+                "targets",
+                f"has none that runs {model.name} in {precision}",
+                allowed=f"{one_of(able)} for {precision}",
+                hint=f'name one of these too, or write precisions = ["fp16"] in [models.{model.name}]',
+            )
 
 
 def _stack_name(top: Table, path: Path) -> str:
@@ -227,5 +240,6 @@ __all__ = [
     "TableType",
     "Target",
     "Task",
+    "compiles",
     "load_stack",
 ]

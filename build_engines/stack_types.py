@@ -68,6 +68,17 @@ DEFAULT_RESERVE_MIB: Final = 768
 DEFAULT_CONTEXT_MIB: Final = 300
 
 
+def compiles(target: str, task: Task, precision: Precision) -> bool:
+    """Whether `target` has engines of a task's models in this precision; the other engines are left out.
+
+    FP32 attention is fused by no TensorRT, and by ONNX Runtime on the GPU in encoders alone. INT8 it has no
+    kernels for there.
+    """
+    if target == "onnxruntime-cuda":
+        return precision == "fp16" or (precision == "fp32" and task != "generate")
+    return target == "onnxruntime" or precision != "fp32"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataRef:
     """Where texts come from. `path` is None for bundled data ("bundled:<set>:<split>")."""

@@ -21,7 +21,7 @@ from typing import Any
 
 from build_engines.atomic import link_or_copy, replaced_folder, write_text
 from build_engines.errors import ArtifactError, OnecardError, RepositoryError
-from build_engines.stack import Model, Stack
+from build_engines.stack import Model, Stack, compiles
 from triton_repo.config_pbtxt import render, to_message
 from triton_repo.encoders import WARMUP_FILE, encoder_spec, warmup_bytes
 from triton_repo.generators import generator_spec, warmup_files
@@ -97,10 +97,7 @@ def _entries(model: Model, engines_dir: Path, target: str) -> list[Entry]:
     entries = []
     target = model.target or target
     for precision, name in model.variants.items():
-        # FP32 graphs are made for ONNX Runtime alone, and on a GPU of encoders only.
-        if precision == "fp32" and not (
-            target == "onnxruntime" or (target == "onnxruntime-cuda" and model.task != "generate")
-        ):
+        if not compiles(target, model.task, precision):
             continue
         folder = engines_dir / model.name / precision / target
         try:

@@ -15,7 +15,7 @@ from build_engines.errors import ArtifactError, FetchError
 from build_engines.manifest import StageRun, folder_files, run_stage
 from build_engines.pipeline.engine import LIBRARIES, EngineJob, EngineStage, describe
 from build_engines.plan import promised_memory
-from build_engines.stack import DataRef, Model, Precision, Stack
+from build_engines.stack import DataRef, Model, Precision, Stack, compiles
 from build_engines.targets import Target
 from calibration.samples import data_file
 from triton_repo.runtime.session import sha256
@@ -81,10 +81,8 @@ class ModelBuild(ABC):
         """The stage that leaves the engine of `graph` for `target`."""
 
     def runs(self, precision: Precision, target: Target) -> bool:
-        """TensorRT has no fused FP32 attention, and an LLM in FP32 is for the CPU."""
-        if precision != "fp32" or target.name == "onnxruntime":
-            return True
-        return target.name == "onnxruntime-cuda" and self.model.task != "generate"
+        """Whether the target has engines of this precision."""
+        return compiles(target.name, self.model.task, precision)
 
     def facts(self, precision: Precision, target: Target, planned: Model) -> dict[str, Any]:
         """What every engine's manifest begins with; `planned` is the model with its length settled."""

@@ -66,7 +66,7 @@ class OnnxRuntimeCudaTarget:
     ) -> dict[str, Any]:
         """Write `out`/engine.onnx; an LLM's weights beside it, hard links where the file system allows.
 
-        Returns "versions", "layers" {operator: count}, and "portable": no engine of this target is tied to a card.
+        Returns "versions" and "layers" {operator: count}.
 
         Raises:
             CompileError: the graph holds INT8, or is an LLM's in FP32.
@@ -85,7 +85,6 @@ class OnnxRuntimeCudaTarget:
         return {
             "versions": {"onnxruntime-gpu": onnxruntime.__version__},
             "layers": operator_counts(model),
-            "portable": True,
         }
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from build_engines import stack as stack_module
 from build_engines import stack_fields, stack_model
 from build_engines.errors import StackError
-from build_engines.stack import DecoderShape, ModelShape, load_stack
+from build_engines.stack import DecoderShape, ModelShape, compiles, load_stack
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -306,6 +306,22 @@ def test_a_target_that_cannot_serve_the_card_or_precision(tmp_path: Path) -> Non
     load_stack(_write(tmp_path, fp32))
     fp32["targets"] = ["tensorrt-rtx"]
     assert "runs sentiment in fp32" in _refused(tmp_path, fp32)
+    fp32["targets"] = ["tensorrt-rtx", "onnxruntime-cuda"]
+    load_stack(_write(tmp_path, fp32))
+
+
+def test_what_onnx_runtime_has_no_kernels_for_on_the_gpu(tmp_path: Path) -> None:
+    int8 = _changed("models.sentiment.precisions", ["int8", "fp16"])
+    int8["targets"] = ["onnxruntime-cuda"]
+    message = _refused(tmp_path, int8)
+    assert "has none that runs sentiment in int8" in message
+    assert "allowed: onnxruntime, tensorrt-rtx, tensorrt for int8" in message
+    assert 'precisions = ["fp16"]' in message
+    int8["targets"] = ["onnxruntime-cuda", "tensorrt-rtx"]
+    load_stack(_write(tmp_path, int8))
+    assert not compiles("onnxruntime-cuda", "generate", "fp32")
+    assert not compiles("onnxruntime-cuda", "generate", "int8-weights")
+    assert compiles("onnxruntime-cuda", "generate", "fp16")
 
 
 @pytest.mark.parametrize(
