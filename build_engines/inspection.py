@@ -39,7 +39,9 @@ def _check_compiled(engine: Path, manifest: dict[str, Any]) -> None:
     installed: str | None = None  # an engine may be looked at where it cannot be run
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         installed = importlib.metadata.version("tensorrt-rtx")
-    check_engine(engine, version=installed, compute_capability=manifest["compute_capability"])
+    # One for many cards was asked for none by name; its runner asks the library about the card that is there.
+    card = None if manifest.get("portable") else manifest["compute_capability"]
+    check_engine(engine, version=installed, compute_capability=card)
 
 
 def _without_manifest(path: Path) -> ArtifactError:
@@ -73,19 +75,35 @@ def _rows(engine: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "model", f"{engine['model']} ({engine['task']}, {engine['precision']})"
     yield "target", engine["target"]
     if engine["compute_capability"]:
-        yield "compute capability", engine["compute_capability"]
+        others = ", portable: 8.0, 8.6, 8.9, 12.0 and later" if engine.get("portable") else ""
+        yield "compute capability", engine["compute_capability"] + others
     yield "versions", ", ".join(f"{name} {version}" for name, version in engine["versions"].items())
     yield "engine", f"{engine['engine']['file']}, {engine['engine']['bytes'] / 2**20:.1f} MiB"
     yield "digest", f"sha256 {engine['engine']['sha256']}"
-    yield "profile", f"batch {profile['batch']}, sequence {profile['sequence']} (min, opt, max)"
-    yield "inputs", ", ".join(serving["inputs"])
-    yield "outputs", ", ".join(serving["outputs"])
+    if "batch" in profile:
+        yield "profile", f"batch {profile['batch']}, sequence {profile['sequence']} (min, opt, max)"
+        yield "inputs", ", ".join(serving["inputs"])
+        yield "outputs", ", ".join(serving["outputs"])
+    else:
+        shown = f"{profile['slots']} slots of {profile['capacity']} tokens, prompts by {profile['chunk']}"
+        yield "profile", shown
+    if memory := engine.get("memory"):
+        parts = ", ".join(f"{part} {size / 2**20:,.1f}" for part, size in memory.items() if size)
+        yield "planned memory, MiB", parts
     for stage, report in engine["gates"].items():
         yield f"gate ({stage})", _gate_lines(report.get("gate", report))
+    if "engine" not in engine["gates"]:
+        yield "gate (engine)", "not judged on a GPU yet"
+    elif device := engine.get("judged_on"):
+        yield "judged on", f"{device['name']}, compute capability {device['compute_capability']}"
     returned = engine["gates"].get("graph", {}).get("returned") or []
     if returned:
-        yield "layers returned", "\n".join(
-            f"{item['layer']} to {item['mode']} (sensitivity {item['sensitivity']:.1e})" for item in returned
+        yield (
+            "layers returned",
+            "\n".join(
+                f"{item['layer']} to {item['mode']} (sensitivity {item['sensitivity']:.1e})"
+                for item in returned
+            ),
         )
     layers = sorted(engine.get("layers", {}).items(), key=lambda item: -item[1])
     yield "layer types", ", ".join(f"{count} {name}" for name, count in layers)

@@ -14,6 +14,7 @@ import pytest
 from small_stack import write_lines, write_stack
 
 from build_engines.errors import DataError, ExportError, GateError, StackError
+from build_engines.inspection import describe_engine, render_engine
 from build_engines.manifest import StageRun
 from build_engines.pipeline import BuiltEngine, build_stack, decoder, encoder
 from build_engines.random_model import RandomLlama, write_random_llm
@@ -120,6 +121,19 @@ def test_every_engine_is_there_and_says_all_of_itself(built: tuple[Stack, list[B
             assert manifest["memory"]["cache"] == 3 * 96 * 2 * 2 * 2 * 16 * 2
             assert set(manifest["memory"]) == {"weights", "activations", "buffers", "cache", "context"}
             assert (engine.folder / "engine.trt").stat().st_size == manifest["engine"]["bytes"]
+
+
+def test_an_llms_engine_is_described(built: tuple[Stack, list[BuiltEngine]]) -> None:
+    from rich.console import Console
+
+    for engine in built[1]:
+        console = Console(width=120)
+        with console.capture() as captured:
+            console.print(render_engine(describe_engine(engine.folder)))
+        shown = captured.get()
+        assert "3 slots of 96 tokens, prompts by 16" in shown
+        assert "perplexity increase" in shown
+        assert ("not judged on a GPU yet" in shown) == (engine.manifest["target"] != "onnxruntime")
 
 
 def test_the_engines_answer_as_fp32_does(built: tuple[Stack, list[BuiltEngine]]) -> None:
