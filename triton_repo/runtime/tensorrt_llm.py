@@ -254,9 +254,10 @@ class LlmScheduler:
             late = Busy(f"no slot became free within {self._queue_timeout:g} s; try again later")
             self._end(job, "error", late)
             return
+        with self._lock:
+            self._queued -= 1
+        job.state, job.started = "running", time.monotonic()
         try:
-            self._leave_queue(job)
-            job.started = time.monotonic()
             async with asyncio.TaskGroup() as group:
                 for index in range(wanted):
                     group.create_task(self._write(job, index))
@@ -264,8 +265,6 @@ class LlmScheduler:
             self._end(job, "error", failed.exceptions[0])
         except* Exception as failed:  # whatever the library raises
             self._end(job, "error", EngineFailed(f"the engine failed: {failed.exceptions[0]}"))
-        finally:
-            self._slots.give(wanted)
 
     async def _write(self, job: Job, index: int) -> None:
         """One sample, to its end. The library gets a request for each: so they end each on its own."""
@@ -308,8 +307,7 @@ class LlmScheduler:
         if ended:
             del job.open[sample.index]
             if not job.open:
-                job.state = "done"
-                self._counts.outcomes["completed"] += 1
+                self._leave(job, "completed")
                 deltas[-1] = replace(deltas[-1], usage=job.usage(time.monotonic()))
         self._post(job, deltas)
         return ended
@@ -317,20 +315,22 @@ class LlmScheduler:
     def _post(self, job: Job, deltas: list[Delta]) -> None:
         self._delivery.post([(job.outbox, delta) for delta in deltas])
 
-    def _leave_queue(self, job: Job) -> None:
+    def _leave(self, job: Job, outcome: str) -> None:
+        """Give back what `job` holds: before its last delta goes out, as its client may ask again at once."""
         if job.state == "queued":
-            job.state = "running"
             with self._lock:
                 self._queued -= 1
+        else:
+            self._slots.give(job.request.params.n)
+        job.state = "done"
+        self._counts.outcomes[outcome] += 1
 
     def _end(self, job: Job, reason: str, error: Exception | None = None) -> None:
         """End a whole request early, wherever it is."""
         if job.state == "done":
             return
-        self._leave_queue(job)
-        job.state = "done"
+        outcome = "cancelled" if reason == "cancelled" else "expired" if isinstance(error, Busy) else "failed"
+        self._leave(job, outcome)
         deltas = [Delta(index, finish_reason=reason, error=error) for index in job.open]
         deltas[-1] = replace(deltas[-1], usage=job.usage(time.monotonic()))
-        outcome = "cancelled" if reason == "cancelled" else "expired" if isinstance(error, Busy) else "failed"
-        self._counts.outcomes[outcome] += 1
         self._post(job, deltas)
