@@ -142,6 +142,8 @@ def open_tokenizer(path: Path, max_length: int) -> TextTokenizer:
 class GraphEngine:
     """A session over a graph that is no published engine yet, in the shape the runtime's Encoder runs."""
 
+    max_tokens: int | None = 768
+
     def __init__(self, session: Any, serving: dict[str, Any], max_batch: int = _BATCH) -> None:
         self.session = session
         self.manifest = {"task": serving["task"], "serving": {**serving, "max_batch": max_batch}}

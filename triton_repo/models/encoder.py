@@ -45,7 +45,8 @@ class TritonPythonModel:
         # leaves them idle. The library reads this at every call.
         os.environ["TOKENIZERS_PARALLELISM"] = str(parameters["target"] != "onnxruntime").lower()
         try:
-            self._service = EncoderService(Encoder.open(folder, _threads(config)))
+            device = int(args["model_instance_device_id"])  # of an engine on a GPU
+            self._service = EncoderService(Encoder.open(folder, _threads(config), device))
         except (EngineRefused, TokenizerRefused) as error:
             raise pb_utils.TritonModelException(f"engine refused: {error}") from None
         self._inputs = self._service.inputs
@@ -76,6 +77,7 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """Free the engine before the interpreter goes."""
         self._metrics.report(self._service, now=True)
+        self._service.encoder.close()
         del self._service
 
 

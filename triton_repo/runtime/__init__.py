@@ -14,9 +14,9 @@ def fingerprint(package: Path | None = None) -> str:
     """SHA-256 over the names and contents of the runtime's source files (this package's by default)."""
     folder = package or Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted(folder.rglob("*.py")):
         source = path.read_bytes()
-        digest.update(f"{path.name}:{len(source)}\n".encode())
+        digest.update(f"{path.relative_to(folder).as_posix()}:{len(source)}\n".encode())
         digest.update(source)
     return digest.hexdigest()
 

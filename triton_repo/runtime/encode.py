@@ -9,23 +9,23 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from triton_repo.runtime.engines import open_encoder_engine
 from triton_repo.runtime.grouping import measure_overhead, plan_groups
-from triton_repo.runtime.session import open_engine
 from triton_repo.runtime.texts import EngineFailed
 from triton_repo.runtime.tokenization import Row, TextTokenizer, padded
 
 # The output of each task's graph that the answer is made from.
 ANSWER_OUTPUT = {"classify": "probabilities", "embed": "embeddings", "rerank": "scores"}
 
-# On the CPU a run of 512 to 1024 tokens costs a third less per token than one of 4096, whose activations
-# no longer stay in the caches (docs/benchmarks.md, "What was tried").
-MAX_TOKENS_PER_RUN = 768
-
 
 class RunsEngine(Protocol):
-    """What this module needs of an engine; `runtime.session.Engine` is one."""
+    """What this module needs of an engine; `runtime.session.Engine` is one.
+
+    `max_tokens` is how many tokens a run should have at most, None where more are never worse.
+    """
 
     manifest: dict[str, Any]
+    max_tokens: int | None
 
     def run(self, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]: ...
 
@@ -46,15 +46,16 @@ class Encoder:
         self._output = ANSWER_OUTPUT[self.task]
         self.tokens = 0
         self.padding = 0
-        if overhead is None:
-            width = min(64, tokenizer.max_length)
-            overhead = measure_overhead(self._dry_run, batch=min(8, self.max_batch), width=width)
-        self.overhead = overhead
+        self._max_tokens = engine.max_tokens or self.max_batch * tokenizer.max_length
+        self.overhead = self._measured() if overhead is None else overhead
 
     @classmethod
-    def open(cls, folder: Path, threads: int | None = None) -> Encoder:
-        """Open an engine folder (digests checked). Raises EngineRefused or TokenizerRefused."""
-        engine = open_engine(folder, threads)
+    def open(cls, folder: Path, threads: int | None = None, device: int = 0) -> Encoder:
+        """Open an engine folder (digests checked), on the GPU `device` where it is for one.
+
+        Raises EngineRefused or TokenizerRefused.
+        """
+        engine = open_encoder_engine(folder, threads, device)
         tokenizer = TextTokenizer(
             Path(folder) / "tokenizer.json", max_length=engine.manifest["serving"]["max_length"]
         )
@@ -68,7 +69,7 @@ class Encoder:
         answer: list[npt.NDArray[Any] | EngineFailed] = [_NOT_RUN] * len(rows)
         lengths = [len(row.ids) for row in rows]
         groups = plan_groups(
-            lengths, max_batch=self.max_batch, overhead=self.overhead, max_tokens=MAX_TOKENS_PER_RUN
+            lengths, max_batch=self.max_batch, overhead=self.overhead, max_tokens=self._max_tokens
         )
         for group in groups:
             width = lengths[group[-1]]
@@ -89,6 +90,20 @@ class Encoder:
     def arrays(self, rows: Sequence[Row], width: int) -> dict[str, npt.NDArray[np.int64]]:
         """Graph inputs int64 [rows, width], padded on the right."""
         return padded(rows, width, self._pad_id, self._inputs)
+
+    def close(self) -> None:
+        """Give back what the engine holds outside this process's memory; nothing for one on the CPU."""
+        if close := getattr(self.engine, "close", None):
+            close()
+
+    def _measured(self) -> float:
+        """What a run costs beyond its tokens, in tokens, measured at sizes that the engine is used with."""
+        if self.engine.max_tokens is None:
+            # On a GPU small runs take all as long: the line goes through a large one, and may be steep.
+            batch, width = self.max_batch, min(128, self.tokenizer.max_length)
+            return measure_overhead(self._dry_run, batch=batch, width=width, most=float(batch * width))
+        batch, width = min(8, self.max_batch), min(64, self.tokenizer.max_length)
+        return measure_overhead(self._dry_run, batch=batch, width=width)
 
     def _dry_run(self, batch: int, width: int) -> None:
         row = Row([self._pad_id] * width, [0] * width, False)

@@ -56,11 +56,13 @@ def padding_waste(lengths: Sequence[int], groups: Sequence[Sequence[int]]) -> in
     return computed - sum(lengths)
 
 
-def measure_overhead(run: Callable[[int, int], object], *, batch: int = 8, width: int = 64) -> float:
+def measure_overhead(
+    run: Callable[[int, int], object], *, batch: int = 8, width: int = 64, most: float = 512.0
+) -> float:
     """What one engine run costs beyond its tokens, in tokens; `run(batch, width)` executes one.
 
     Times a small and a large run (best of several, the first ones warm up) and puts a line through both.
-    Clamped to 8..512 so that a measurement disturbed by other work cannot make the grouping absurd.
+    Clamped to 8..`most` so that a measurement disturbed by other work cannot make the grouping absurd.
     """
     small_tokens, large_tokens = width // 4, batch * width
     run(batch, width)
@@ -68,8 +70,8 @@ def measure_overhead(run: Callable[[int, int], object], *, batch: int = 8, width
     large = _best_of(4, lambda: run(batch, width))
     per_token = (large - small) / (large_tokens - small_tokens)
     if per_token <= 0:
-        return 512.0
-    return min(512.0, max(8.0, small / per_token - small_tokens))
+        return most
+    return min(most, max(8.0, small / per_token - small_tokens))
 
 
 def _best_of(times: int, call: Callable[[], object]) -> float:

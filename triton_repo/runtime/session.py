@@ -81,6 +81,10 @@ def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
 class Engine:
     """One loaded engine. `run` takes and returns named arrays and is safe to call from several threads."""
 
+    # A run of 512 to 1024 tokens costs a third less per token than one of 4096, whose activations no longer
+    # stay in the caches (docs/benchmarks.md, "What was tried").
+    max_tokens: int | None = 768
+
     def __init__(self, manifest: dict[str, Any], session: Any) -> None:
         self.manifest = manifest
         self._session = session

@@ -15,6 +15,8 @@ from triton_repo.runtime.session import manifest_digest, sha256
 class HandEngine:
     """An engine whose outputs follow from each row's own tokens: [sum of ids, count] or a score of them."""
 
+    max_tokens: int | None = 768
+
     def __init__(self, task: str, **serving: Any) -> None:
         inputs = ["input_ids", "attention_mask"] + (["token_type_ids"] if task == "rerank" else [])
         defaults = {
