@@ -82,6 +82,7 @@ def test_every_variant_is_complete(stack: Stack, paths: tuple[Path, Path]) -> No
     files = tree(out / "sentiment")
     assert {"config.pbtxt", "warmup/text", "1/model.py", "1/engine.onnx", "1/tokenizer.json"} <= files
     assert {"1/triton_repo/__init__.py", "1/triton_repo/runtime/session.py"} <= files
+    assert "1/triton_repo/runtime/gpu/cuda.py" in files
     version = out / "sentiment" / "1"
     check_files(version, read_manifest(version))
     assert fingerprint(version / "triton_repo" / "runtime") == fingerprint()
