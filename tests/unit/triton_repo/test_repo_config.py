@@ -15,6 +15,7 @@ from build_engines.stack import Model, Queue
 from triton_repo.config_pbtxt import (
     BatchingSpec,
     ConfigSpec,
+    EngineSpec,
     TensorSpec,
     WarmupSpec,
     parse,
@@ -30,6 +31,13 @@ tensors = st.builds(
     st.sampled_from(["STRING", "FP32", "BOOL", "INT32", "INT64"]),
     st.lists(st.integers(-1, 4096).filter(bool), min_size=1, max_size=3).map(tuple),
     st.booleans(),
+    inner=st.none() | st.lists(st.integers(1, 64), max_size=2).map(tuple),
+)
+engines = st.builds(
+    EngineSpec,
+    names,
+    st.sampled_from(["0", "1"]),
+    st.lists(st.tuples(st.integers(1, 64), st.integers(1, 512)), max_size=4).map(tuple),
 )
 batching = st.builds(
     BatchingSpec,
@@ -47,6 +55,7 @@ specs = st.builds(
     kind=st.sampled_from(["KIND_CPU", "KIND_GPU"]),
     instances=st.integers(1, 8),
     cache=st.booleans(),
+    engine=st.none() | engines,
     parameters=st.dictionaries(
         names, st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=20)
     ),
@@ -131,8 +140,11 @@ def test_where_and_how_often_it_runs() -> None:
     assert message.instance_group[0].count == 2
     assert message.response_cache.enable
     assert not config(model()).response_cache.enable
-    group = config(model(), target="tensorrt-rtx").instance_group[0]
+    group = config(model(instances=2), target="tensorrt-rtx").instance_group[0]
     assert group.kind == pb.ModelInstanceGroup.KIND_GPU
+    # Both on one card: without a list Triton would put two on each.
+    assert (list(group.gpus), group.count) == ([0], 2)
+    assert not message.instance_group[0].gpus
     parameters = {name: entry.string_value for name, entry in message.parameters.items()}
     assert parameters == {"task": "classify", "precision": "int8", "target": "onnxruntime", "runtime": "abc"}
 

@@ -149,6 +149,13 @@ def test_labels_come_best_first() -> None:
     assert second["labels"].shape == (1, 3)
 
 
+def test_equal_scores_keep_the_checkpoints_order() -> None:
+    labels = [f"label {number}" for number in range(64)]
+    own = AnswerStep({"task": "classify", "serving": {"labels": labels}})
+    (answer,) = own.answer([{"probabilities": np.full((1, 64), 1 / 64, dtype=np.float32)}])
+    assert [label.decode() for label in answer["labels"][0]] == labels
+
+
 def test_scores_get_the_shape_of_their_request() -> None:
     own = AnswerStep({"task": "rerank", "serving": {"labels": None}})
     scores = np.arange(6, dtype=np.float32).reshape(6, 1)
