@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from build_engines.errors import CompileError
 from build_engines.profiles import DecoderProfile, Profile, Range
 from build_engines.targets.decoder_network import DecoderNetwork, read_decoder
 from build_engines.targets.gpu import gpu_compute_capability
+from triton_repo.runtime.gpu.tensorrt_callbacks import shared_logger
 
 if TYPE_CHECKING:
     from build_engines.targets import Progress
@@ -185,7 +185,7 @@ class _Build:
 def _run(job: _Job, target: Path, *, decompose: bool) -> _Build:
     """One attempt: parse, build into a file beside `target`, rename."""
     trt, build = job.trt, _Build()
-    logger = _logger(trt)
+    logger = shared_logger(trt)
     logger.sink = lambda severity, message: build.record(trt, severity, message)
     builder = trt.Builder(logger)
     network = builder.create_network(_strongly_typed(trt))
@@ -341,22 +341,6 @@ def _refused(name: str, graph: Path, errors: Iterable[str]) -> CompileError:
         cause="a layer has no kernel for this type, shape or card",
         next_step="try a smaller max_batch or max_length, or another precision",
     )
-
-
-@cache
-def _logger(trt: Any) -> Any:
-    """The module's one logger: TensorRT keeps the first it is given, so only the sink changes."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.sink: Any = None
-
-        def log(self, severity: Any, message: str) -> None:
-            if self.sink is not None:
-                self.sink(severity, message)
-
-    return Logger()
 
 
 def _monitor(trt: Any, progress: Progress) -> Any:

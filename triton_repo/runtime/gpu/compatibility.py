@@ -34,8 +34,8 @@ def check_compatible(folder: Path, manifest: Mapping[str, Any], info: DeviceInfo
         portable = portable or header.later
     if compiled_by != version:
         raise EngineRefused(
-            f"{engine} was compiled by {target} {compiled_by}, {version} is installed here; an engine is tied to "
-            f"the version that compiled it: pip install {target}=={compiled_by}, or build it again"
+            f"{engine} was compiled by {target} {compiled_by}, {version} is installed here; an engine is "
+            f"tied to the version that compiled it: pip install {target}=={compiled_by}, or build it again"
         )
     if info.compute_capability in compiled_for:
         return

@@ -135,14 +135,15 @@ class TensorRTEngine:
         trt = self._trt
         with self.path.open("rb") as file:
             start = file.read(self._runtime.engine_header_size)
-        validity, diagnostics = self._runtime.get_engine_validity(start)
+        with errors_of(trt) as errors:
+            validity, diagnostics = self._runtime.get_engine_validity(start)
         if validity != trt.EngineValidity.INVALID:
             return
         flags = trt.EngineInvalidityDiagnostics.__members__
         reasons = [name.lower().replace("_", " ") for name, flag in flags.items() if diagnostics & int(flag)]
         info = self.device.info
         raise EngineRefused(
-            f"{self.path} cannot run here: {', '.join(reasons) or 'TensorRT-RTX gives no reason'} "
+            f"{self.path} cannot run here: {', '.join(reasons) or '; '.join(errors) or 'it gives no reason'} "
             f"({info.name}, compute capability {info.compute_capability}, driver for CUDA {info.driver}, "
             f"TensorRT-RTX {trt.__version__}); {_REBUILD} for this card and library"
         )
