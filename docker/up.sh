@@ -14,7 +14,7 @@ fail() {
 [ $# -eq 1 ] || fail "one stack file is needed" "docker/up.sh my-stack.toml"
 [ -f "$1" ] || fail "$1: no such file" "name a stack file"
 grep -Eq "[\"']tensorrt[\"']" "$1" \
-  || fail "$1: its targets do not name \"tensorrt\", which Triton's own backend runs" 'add to it: targets = ["tensorrt"]'
+  || fail "$1: its targets do not name \"tensorrt\", which Triton's backend runs" 'add to it: targets = ["tensorrt"]'
 command -v docker >/dev/null || fail "docker is not installed" "install Docker Engine"
 docker compose version >/dev/null 2>&1 \
   || fail "docker has no compose command" "install the package docker-compose-plugin"

@@ -9,12 +9,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-_METRIC_INTERVAL_S = 1.0
 
 
 class TritonPythonModel:
@@ -34,6 +31,7 @@ class TritonPythonModel:
 
         if reason := mismatch(parameters["runtime"]):
             raise pb_utils.TritonModelException(f"engine refused: {reason}")
+        from triton_repo.runtime.counters import Counters
         from triton_repo.runtime.encode import Encoder
         from triton_repo.runtime.service import EncoderService
         from triton_repo.runtime.session import EngineRefused
@@ -50,7 +48,7 @@ class TritonPythonModel:
         except (EngineRefused, TokenizerRefused) as error:
             raise pb_utils.TritonModelException(f"engine refused: {error}") from None
         self._inputs = self._service.inputs
-        self._metrics = _Counters(pb_utils, args["model_name"])
+        self._metrics = Counters(pb_utils, args["model_name"])
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One response per request, in order."""
@@ -71,12 +69,12 @@ class TritonPythonModel:
                 else pb_utils.TritonError.INTERNAL
             )
             responses.append(pb_utils.InferenceResponse(error=pb_utils.TritonError(str(answer), code)))
-        self._metrics.report(self._service)
+        self._metrics.report(self._service.counts)
         return responses
 
     def finalize(self) -> None:
         """Free the engine before the interpreter goes."""
-        self._metrics.report(self._service, now=True)
+        self._metrics.report(self._service.counts, now=True)
         self._service.encoder.close()
         del self._service
 
@@ -85,41 +83,3 @@ def _threads(config: dict[str, Any]) -> int | None:
     """Compute threads per instance: several instances share the cores; one takes them all (None)."""
     instances = sum(group["count"] for group in config["instance_group"])
     return None if instances == 1 else max(1, len(os.sched_getaffinity(0)) // instances)
-
-
-class _Counters:
-    """Tokens computed, padding computed and texts truncated, as Triton metrics.
-
-    A metric costs a round trip to the server process, so differences are sent at most once a second.
-    """
-
-    def __init__(self, pb_utils: Any, model: str) -> None:
-        self._metrics: dict[str, Any] = {}
-        self._families = []
-        self._sent = {"tokens": 0, "padding": 0, "truncated": 0}
-        self._due = 0.0
-        for name, description in (
-            ("tokens", "Tokens of texts that were computed"),
-            ("padding", "Padding tokens that were computed beside them"),
-            ("truncated", "Texts that lost tokens to the length limit"),
-        ):
-            family = pb_utils.MetricFamily(
-                name=f"onecard_{name}_total", description=description, kind=pb_utils.MetricFamily.COUNTER
-            )
-            self._families.append(family)
-            self._metrics[name] = family.Metric(labels={"model": model})
-
-    def report(self, service: Any, *, now: bool = False) -> None:
-        clock = time.monotonic()
-        if clock < self._due and not now:
-            return
-        self._due = clock + _METRIC_INTERVAL_S
-        counts = {
-            "tokens": service.encoder.tokens,
-            "padding": service.encoder.padding,
-            "truncated": service.truncated,
-        }
-        for name, count in counts.items():
-            if count > self._sent[name]:
-                self._metrics[name].increment(count - self._sent[name])
-                self._sent[name] = count

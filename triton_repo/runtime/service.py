@@ -130,6 +130,12 @@ class EncoderService:
     def truncated(self) -> int:
         return self._reader.truncated
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Tokens and padding computed and texts truncated since the start."""
+        encoder = self.encoder
+        return {"tokens": encoder.tokens, "padding": encoder.padding, "truncated": self.truncated}
+
     def answer(self, requests: Sequence[Mapping[str, npt.NDArray[Any]]]) -> list[Answer]:
         """One answer per request, in order; a bad request or a broken run is returned, not raised."""
         read = self._reader.rows(requests)
