@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -25,69 +25,62 @@ Shapes = dict[str, tuple[int, ...]]
 _MODULES: Final = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 
-class Bare(Protocol):
-    """An engine on the GPU. The run it hands out returns when the GPU is done with it."""
+class Bare:
+    """An engine on the GPU with buffers of its own. A run returns when the GPU is done with it."""
 
-    def encoder_run(self, arrays: Arrays) -> Run: ...
+    def __init__(self, folder: Path) -> None:
+        """Load the engine in `folder` once more. Raises Skipped for a target that is not on the GPU."""
+        from triton_repo.runtime.gpu.cuda import Device
+        from triton_repo.runtime.session import read_manifest
 
-    def step_run(self, batch: int, held: int) -> Run: ...
-
-    def close(self) -> None: ...
-
-
-def open_bare(folder: Path) -> Bare:
-    """Load the engine in `folder` once more. Raises Skipped for a target that has no such way."""
-    from triton_repo.runtime.gpu.cuda import Device
-    from triton_repo.runtime.session import read_manifest
-
-    manifest = read_manifest(folder)
-    target, path = manifest["target"], folder / manifest["engine"]["file"]
-    if target in _MODULES:
-        return _TensorRT(manifest, path, importlib.import_module(_MODULES[target]), Device())
-    if target == "onnxruntime-cuda" and manifest["task"] != "generate":
-        return _OnnxRuntime(manifest, path, Device())
-    raise Skipped("this engine runs from host memory only")
-
-
-class _TensorRT:
-    def __init__(self, manifest: Mapping[str, Any], path: Path, module: Any, device: Device) -> None:
-        from triton_repo.runtime.gpu.tensorrt import TensorRTEngine
-
-        self._serving, self._device = manifest["serving"], device
-        self._engine = TensorRTEngine(path, module, device)
+        manifest = read_manifest(folder)
+        if manifest["target"] not in {*_MODULES, "onnxruntime-cuda"}:
+            raise Skipped("this engine runs from host memory only")
+        self._serving = manifest["serving"]
+        self._device = Device()
+        self._engine = _network(manifest, folder / manifest["engine"]["file"], self._device)
         self._context = self._engine.context(0)
         self._kept: list[Any] = []
 
     def encoder_run(self, arrays: Arrays) -> Run:
+        """Runs of these inputs."""
         return self._run({name: array.shape for name, array in arrays.items()}, arrays)
 
     def step_run(self, batch: int, held: int) -> Run:
-        """A decode step of `batch` sequences that hold `held` tokens each."""
+        """Runs of a decode step of `batch` sequences that hold `held` tokens each."""
         arrays = {
             "input_ids": np.full((batch, 1), 5, np.int64),
             "past_lengths": np.full(batch, held, np.int64),
             "logit_indices": np.zeros((batch, 1), np.int64),
         }
-        shapes: Shapes = {name: array.shape for name, array in arrays.items()}
         row = (self._serving["kv_heads"], self._serving["capacity"], self._serving["head_dim"])
-        past = [name for name in self._engine.tensors if name.startswith("past_") and name not in arrays]
-        return self._run(shapes | dict.fromkeys(past, (batch, *row)), arrays)
+        inputs = [name for name, tensor in self._engine.tensors.items() if tensor.is_input]
+        shapes: Shapes = {name: arrays[name].shape if name in arrays else (batch, *row) for name in inputs}
+        return self._run(shapes, arrays)
+
+    def close(self) -> None:
+        """Give everything on the GPU back."""
+        self._engine.close()
+        self._device.close()
 
     def _run(self, shapes: Shapes, arrays: Arrays) -> Run:
-        for array in self._kept:  # what the run before needed
-            array.close()
+        for there in self._kept:  # what the run before needed
+            there.close()
         self._kept.clear()
         addresses: dict[str, int] = {}
-        outputs = self._context.output_shapes(shapes)
-        for name, shape in {**shapes, **outputs}.items():
-            if name.startswith("present_"):
+        for name, shape in {**shapes, **self._context.output_shapes(shapes)}.items():
+            if name in addresses:
                 continue
             there = self._device.array(shape, self._engine.tensors[name].dtype, "bench", zeroed=True)
             self._kept.append(there)
             addresses[name] = there.address
-            if name.startswith("past_") and name not in arrays:  # a cache is written in place
+            if name in arrays:
+                host = self._device.pinned(shape, arrays[name].dtype)
+                host[...] = arrays[name]
+                self._device.upload(there.address, host)
+            elif name in shapes:  # a cache, which is written in place
                 addresses[name.replace("past", "present", 1)] = there.address
-        _fill(self._device, arrays, addresses)
+        self._device.synchronize()
 
         def run() -> None:
             self._context.enqueue(shapes, addresses)
@@ -95,55 +88,18 @@ class _TensorRT:
 
         return run
 
-    def close(self) -> None:
-        self._engine.close()
-        self._device.close()
 
+def _network(manifest: Mapping[str, Any], path: Path, device: Device) -> Any:
+    """The engine of either library, as the served one loads it."""
+    if manifest["target"] == "onnxruntime-cuda":
+        from triton_repo.runtime.gpu.onnxruntime import OnnxRuntimeEngine
 
-class _OnnxRuntime:
-    def __init__(self, manifest: Mapping[str, Any], path: Path, device: Device) -> None:
-        from triton_repo.runtime.gpu.onnxruntime import Bindings, cuda_place, load_library, open_session
+        exact, generates = manifest["precision"] == "fp32", manifest["task"] == "generate"
+        profile = dict(manifest["profile"])
+        if generates:
+            one = (1, 1, 1)
+            profile = {"batch": (1, 1, manifest["serving"]["slots"]), "sequence": one, "logits": one}
+        return OnnxRuntimeEngine(path, device, profiles=[profile], exact=exact, graphs=generates)
+    from triton_repo.runtime.gpu.tensorrt import TensorRTEngine
 
-        load_library()
-        place = cuda_place(device, exact=manifest["precision"] == "fp32")
-        self._device, self._session = device, open_session(path, place)
-        self._runs = Bindings(self._session, place)
-        self._kept: list[Any] = []
-
-    def encoder_run(self, arrays: Arrays) -> Run:
-        batch = len(next(iter(arrays.values())))
-        inputs, outputs, addresses = {}, {}, {}
-        for name, array in arrays.items():
-            inputs[name] = self._tensor(array.shape, np.int64)
-            addresses[name] = inputs[name][0]
-        _fill(self._device, arrays, addresses)
-        for tensor in self._session.get_outputs():
-            kind = np.float16 if "float16" in tensor.type else np.float32
-            outputs[tensor.name] = self._tensor((batch, *tensor.shape[1:]), kind)
-        binding = self._runs.bind(inputs, outputs)
-
-        def run() -> None:
-            self._runs.run(binding)
-            self._device.synchronize()
-
-        return run
-
-    def step_run(self, batch: int, held: int) -> Run:
-        raise Skipped("this engine runs from host memory only")
-
-    def _tensor(self, shape: tuple[int, ...], kind: Any) -> tuple[int, Any, tuple[int, ...]]:
-        there = self._device.array(shape, kind, "bench")
-        self._kept.append(there)
-        return there.address, kind, shape
-
-    def close(self) -> None:
-        self._runs.session = self._session = None
-        self._device.close()
-
-
-def _fill(device: Device, arrays: Arrays, addresses: Mapping[str, int]) -> None:
-    for name, array in arrays.items():
-        host = device.pinned(array.shape, array.dtype)
-        host[...] = array
-        device.upload(addresses[name], host)
-    device.synchronize()
+    return TensorRTEngine(path, importlib.import_module(_MODULES[manifest["target"]]), device)

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from build_engines.gpu.bare import Bare, open_bare
+from build_engines.gpu.bare import Bare
 from build_engines.gpu.timing import encoder_arrays, prompts, timed_runs
 
 # In the side process: the engines it has opened, and the size of their vocabularies, by contender.
@@ -41,7 +41,7 @@ def time_encoder(contender: str, way: str, shape: tuple[int, int], seconds: floa
 def _bare_engine(contender: str) -> Bare:
     """A second copy of the engine, for runs without copies; loaded when first asked for."""
     if contender not in _bare:
-        _bare[contender] = open_bare(_folders[contender])
+        _bare[contender] = Bare(_folders[contender])
     return _bare[contender]
 
 
