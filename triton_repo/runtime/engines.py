@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +36,18 @@ def open_encoder_engine(folder: Path, threads: int | None = None, device: int = 
 
 def open_decoder_engine(folder: Path, threads: int | None = None, device: int = 0) -> Any:
     """An engine of generate (`runtime.decoder.DecoderEngine`) that has run once; otherwise the same."""
-    if _target(folder) == "onnxruntime":
+    target = _target(folder)
+    if target == "onnxruntime":
         from triton_repo.runtime.decoder import DecoderEngine
 
         return DecoderEngine.open(folder, threads)
+    if target == "onnxruntime-cuda":
+        from triton_repo.runtime.gpu.onnxruntime import open_recorded
+
+        def opened(graphs: bool) -> Any:
+            return _open_on_gpu(Path(folder), device, partial(_decoder, graphs=graphs))
+
+        return open_recorded(opened, str(folder))
     return _open_on_gpu(Path(folder), device, _decoder)
 
 
@@ -81,14 +90,15 @@ def _encoder(folder: Path, manifest: dict[str, Any], device: Device) -> Any:
     return GpuEncoderEngine(manifest, _load(folder, manifest, device, [manifest["profile"]]), device)
 
 
-def _decoder(folder: Path, manifest: dict[str, Any], device: Device) -> Any:
-    from triton_repo.runtime.gpu.decoder import TensorRTDecoder
+def _decoder(folder: Path, manifest: dict[str, Any], device: Device, *, graphs: bool = True) -> Any:
+    from triton_repo.runtime.gpu.decoder import GpuDecoder
 
     serving = manifest["serving"]
     one = (1, 1, 1)
     decode = {"batch": (1, 1, serving["slots"]), "sequence": one, "logits": one}
     prefill = {"batch": one, "sequence": (1, 1, serving["chunk"]), "logits": (1, 1, min(8, serving["chunk"]))}
-    return TensorRTDecoder(manifest, _load(folder, manifest, device, [decode, prefill]), device)
+    engine = _load(folder, manifest, device, [decode, prefill], graphs=graphs)
+    return GpuDecoder(manifest, engine, device)
 
 
 def _load(
@@ -96,14 +106,16 @@ def _load(
     manifest: Mapping[str, Any],
     device: Device,
     profiles: Sequence[Mapping[str, Sequence[int]]],
+    *,
+    graphs: bool = False,
 ) -> Any:
-    """The engine itself. `profiles` are for ONNX Runtime, which has none of its own."""
+    """The engine itself. `profiles` and `graphs` are for ONNX Runtime; TensorRT knows both by itself."""
     engine, target = folder / manifest["engine"]["file"], manifest["target"]
     if target == "onnxruntime-cuda":
         from triton_repo.runtime.gpu.onnxruntime import OnnxRuntimeEngine
 
-        exact, generates = manifest["precision"] == "fp32", manifest["task"] == "generate"
-        return OnnxRuntimeEngine(engine, device, profiles=profiles, exact=exact, graphs=generates)
+        exact = manifest["precision"] == "fp32"
+        return OnnxRuntimeEngine(engine, device, profiles=profiles, exact=exact, graphs=graphs)
     from triton_repo.runtime.gpu.compatibility import check_compatible
     from triton_repo.runtime.gpu.runtime_cache import cache_path
     from triton_repo.runtime.gpu.tensorrt import TensorRTEngine

@@ -91,9 +91,9 @@ class GenerationService:
 
             engine, opened = LlmEngine.open(Path(folder)), LlmScheduler
         else:
-            from triton_repo.runtime.decoder import DecoderEngine
+            from triton_repo.runtime.engines import open_decoder_engine
 
-            engine, opened = DecoderEngine.open(Path(folder), threads), Scheduler
+            engine, opened = open_decoder_engine(Path(folder), threads, device), Scheduler
         path = Path(folder) / "tokenizer.json"
         try:
             tokenizer: Any = Tokenizer.from_file(str(path))

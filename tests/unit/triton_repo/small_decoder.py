@@ -17,7 +17,7 @@ from build_engines.profiles import DecoderProfile
 from build_engines.targets.decoder_lowering import lower_decoder, widen_decoder
 from triton_repo.runtime.decoder import DecoderEngine
 from triton_repo.runtime.gpu.cuda import Device
-from triton_repo.runtime.gpu.decoder import TensorRTDecoder
+from triton_repo.runtime.gpu.decoder import GpuDecoder
 from triton_repo.runtime.gpu.tensorrt import TensorRTEngine
 from triton_repo.runtime.session import onnx_session
 
@@ -50,10 +50,10 @@ def cpu_engine(folder: Path, manifest: dict[str, Any]) -> DecoderEngine:
 
 def gpu_engine(
     folder: Path, manifest: dict[str, Any], api: FakeCudart, trt: FakeTensorRT, **promised: int
-) -> TensorRTDecoder:
+) -> GpuDecoder:
     device = Device(api=api, promised=promised)
     engine = TensorRTEngine(folder / "engine.trt", trt, device, runtime_cache=folder / "kernels.cache")
-    return TensorRTDecoder(manifest, engine, device)
+    return GpuDecoder(manifest, engine, device)
 
 
 def _write_checkpoint(folder: Path, vocabulary: int) -> None:

@@ -21,7 +21,7 @@ from small_decoder import CAPACITY, CHUNK, SLOTS, cpu_engine, gpu_engine, servin
 from triton_repo.runtime.decoder import DecoderEngine
 from triton_repo.runtime.generation import GenerationService
 from triton_repo.runtime.gpu.cuda import DeviceMemoryFull
-from triton_repo.runtime.gpu.decoder import TensorRTDecoder
+from triton_repo.runtime.gpu.decoder import GpuDecoder
 from triton_repo.runtime.scheduler import Scheduler
 from triton_repo.runtime.session import EngineRefused
 from triton_repo.runtime.texts import EngineFailed
@@ -44,7 +44,7 @@ class Gpu:
         self.trt = FakeTensorRT(self.api, rtx=self.rtx)
         self.engine = self.open()
 
-    def open(self, **changes: Any) -> TensorRTDecoder:
+    def open(self, **changes: Any) -> GpuDecoder:
         manifest = MANIFEST | {"serving": serving(VOCABULARY, **changes)}
         return gpu_engine(self.folder, manifest, self.api, self.trt, cache=123)
 
@@ -87,9 +87,10 @@ def equal(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize("length", [7, 80, CAPACITY])
 def test_a_prompt_in_chunks(gpu: Gpu, cpu: DecoderEngine, length: int) -> None:
     prompt = tokens(length, length)
-    for start in range(0, length, CHUNK):
-        part = prompt[start : start + CHUNK]
-        equal(gpu.engine.prefill(2, part, start), cpu.prefill(2, part, start))
+    parts = [(prompt[start : start + CHUNK], start) for start in range(0, length, CHUNK)]
+    found = [gpu.engine.prefill(2, *part) for part in parts]  # each an array of its own
+    for logits, part in zip(found, parts, strict=True):
+        equal(logits, cpu.prefill(2, *part))
     every = gpu.engine.logits(prompt, slot=1)
     assert every.shape == (length, VOCABULARY)
     equal(every, cpu.logits(prompt, slot=1))
@@ -130,6 +131,23 @@ def test_rows_of_different_lengths_decode_together_change_places_and_are_copied(
             slot = int(running[0])
             lengths[slot] = lengths[slot] // 2
     assert gpu.trt.runs >= 64
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_slot_that_has_only_read_moves_whole(gpu: Gpu, cpu: DecoderEngine, copied: bool) -> None:
+    """Its row makes room for another, before it decoded anything."""
+    found: list[Any] = []
+    for engine in (gpu.engine, cpu_engine(gpu.folder, MANIFEST)):
+        engine.prefill(3 if copied else 0, tokens(20, 1), 0)
+        if copied:
+            engine.copy(3, 0, 20)
+        engine.prefill(1, tokens(3, 2), 0)
+        engine.prefill(3, tokens(4, 3), 0)
+        engine.decode([1, 3], [5, 6], [3, 4])
+        found.append(engine.decode([0], [7], [20]).copy())
+    assert gpu.engine._rows[0] != 0
+    cpu.prefill(0, tokens(20, 1), 0)
+    equal(found, [cpu.decode([0], [7], [20])] * 2)
 
 
 def test_serving_takes_no_memory_and_few_shapes(gpu: Gpu) -> None:

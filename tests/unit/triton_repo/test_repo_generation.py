@@ -317,16 +317,17 @@ def test_opening_a_folder_takes_no_truncation_over(tmp_path: Path, monkeypatch: 
     tokenizer.enable_padding(length=50)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     engine = ServedHashEngine(tokenizer.get_vocab_size(), TEMPLATE)
-    monkeypatch.setattr("triton_repo.runtime.decoder.DecoderEngine.open", lambda folder, threads: engine)
+    opened = {(tmp_path, None, 1): engine}
+    monkeypatch.setattr("triton_repo.runtime.engines.open_decoder_engine", lambda *given: opened[given])
     monkeypatch.setattr("triton_repo.runtime.generation.read_manifest", lambda _: {"target": "onnxruntime"})
-    service = GenerationService.open(tmp_path, max_queue=3)
+    service = GenerationService.open(tmp_path, device=1, max_queue=3)
     text = "The noodles were good, the service was not"
     assert service.prompt({"text": text}) == TOKENIZER.encode(text).ids
     assert service.generate({"text": text, "max_tokens": 2})[0].usage["completion_tokens"] == 2
     service.close()
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(TokenizerRefused, match="not a tokenizer file"):
-        GenerationService.open(tmp_path)
+        GenerationService.open(tmp_path, device=1)
 
 
 def test_every_field_is_known() -> None:

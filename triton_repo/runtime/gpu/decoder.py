@@ -1,8 +1,9 @@
-"""A causal LM in TensorRT or TensorRT-RTX: `runtime.decoder.DecoderEngine`, with the cache on the device.
+"""A causal LM on the GPU: `runtime.decoder.DecoderEngine` over an engine of TensorRT or ONNX Runtime.
 
-An engine has two optimization profiles, decode and prefill, each with an execution context. Both read and
-write one cache: past and present are bound to one address, which the library's cache update asks for.
-Inputs and logits have a fixed place, so that a step differs from the last one in nothing but numbers.
+An engine has two profiles of shapes, decode and prefill, each with an execution context. Both read and write
+one cache: past and present are bound to one address, which TensorRT's cache update asks for. Inputs and
+logits have a fixed place, so that a step differs from the last one in nothing but numbers, and can be a CUDA
+graph.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _ALIGNED = 256 // 8  # int64 elements between places where a tensor may begin
 _SMALLEST = 16
 
 
-class TensorRTDecoder:
+class GpuDecoder:
     """One loaded engine and its cache. Not thread safe: one scheduler owns it.
 
     `slots` sequences of at most `capacity` tokens; prompts enter `chunk` tokens at a time.
