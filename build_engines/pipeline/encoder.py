@@ -175,7 +175,7 @@ class EncoderBuild(ModelBuild):
         """What the compiled engine answers, opened as the server opens it, against PyTorch."""
         self.reporter.progress("verify", 0, 1)
         encoder = Encoder.open(engine)
-        with closing(encoder.engine):
+        with closing(encoder):
             found = answers(encoder, self.evaluation.rows(encoder.tokenizer))
         reference, truth = self._reference_answers(), self.evaluation.truth
         report = judge(self.model.task, precision, reference, found, self.model.gates, truth)
