@@ -310,6 +310,7 @@ def test_the_checkpoint_is_linked_and_recorded(tmp_path: Path) -> None:
     # Again: nothing is done; without targets nothing is wanted; a change of the checkpoint is noticed.
     assert [skipped for _, skipped in build(stack)[1].stages] == [True, True]
     assert build_stack(stack, Details(), targets=[]) == []
+    assert len(build_stack(stack, Details(), targets=["onnxruntime", "tensorrt-rtx"])) == 1
     write_settings(source, quant_algo="NVFP4", kv_cache_quant_algo="FP8")
     again, details = build(stack)
     assert [skipped for _, skipped in details.stages] == [False, False]
