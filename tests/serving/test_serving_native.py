@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc_client
+from click.testing import CliRunner
 from small_models import WORDS, Served
 from tritonclient.utils import InferenceServerException
 
 from build_engines.errors import ServerError
 from build_engines.stack import load_stack
 from client import Client
+from client.cli import main
 from triton_repo.config_pbtxt import parse, render
 from triton_repo.runtime.session import manifest_digest, sha256
 from triton_repo.runtime.steps import widths
@@ -267,6 +269,11 @@ def test_our_client_finds_the_ensembles_alone(native: Server) -> None:
         assert client.classify("the noodles were very good").label
         ranked = client.rerank("noodles", ["good"] * 150)
         assert len(ranked) == 150
+    shown = CliRunner().invoke(main, ["status", "--url", native.urls["grpc"], "--json"])
+    assert shown.exit_code == 0, shown.output
+    models = {model["name"]: model for model in json.loads(shown.stdout)["models"]}
+    assert {name for name, model in models.items() if model["task"]} == set(MODELS)
+    assert {model["state"] for model in models.values()} == {"READY"}
 
 
 def test_truncation_is_counted_under_the_ensembles_name(grpc: Any, native: Server) -> None:
@@ -291,7 +298,7 @@ def test_the_repository_as_written_lacks_nothing_but_the_backend(written: Path) 
         server.start()
     reasons = [line.strip() for line in str(caught.value).splitlines() if ": " in line][:4]
     assert {reason.split(":")[0] for reason in reasons} == {f"{name}_engine" for name in MODELS}
-    assert all("unable to find backend library for backend 'tensorrt'" in reason for reason in reasons)
+    assert all("this tritonserver has no TensorRT backend" in reason for reason in reasons)
     ready = loaded(server.log.read_text())
     assert ready == {f"{name}_tokenize" for name in MODELS} | {"label_answer", "order_answer"}
 
