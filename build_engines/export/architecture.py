@@ -104,6 +104,7 @@ def read_encoder(checkpoint: Checkpoint) -> Encoder:
     if sizes["hidden"] % sizes["heads"]:
         raise ExportError(f"{folder}: hidden size {sizes['hidden']} is no multiple of {sizes['heads']} heads")
     modern = model_type == "modernbert"
+    positions = _size(values["positions"], "max_position_embeddings", folder)
     head_activation = family.head.activation
     if head_activation == "classifier_activation":
         head_activation = str(config.get(head_activation) or "gelu")
@@ -115,7 +116,7 @@ def read_encoder(checkpoint: Checkpoint) -> Encoder:
         **sizes,
         embedding=word_shape[1],
         vocabulary=word_shape[0],
-        positions=_size(values["positions"], "max_position_embeddings", folder),
+        positions=positions,
         # RoBERTa counts positions from padding_idx + 1.
         position_offset=int(values["pad_id"]) + 1 if "roberta" in model_type else 0,
         token_types=int(values.get("token_types", 0)) if family.names.token_type else 0,
@@ -124,7 +125,7 @@ def read_encoder(checkpoint: Checkpoint) -> Encoder:
         head_pooling=_head_pooling(config, family, folder),
         norm_epsilon=float(values.get("norm_epsilon", 1e-12)),
         pad_id=int(values["pad_id"]),
-        rotary=_rotary(config, sizes["layers"], folder) if modern else None,
+        rotary=_rotary(config, sizes["layers"], positions, folder) if modern else None,
         attention_bias=not modern or bool(config.get("attention_bias", False)),
         ffn_bias=not modern or bool(config.get("mlp_bias", False)),
         norm_bias=not modern or bool(config.get("norm_bias", False)),
@@ -202,7 +203,7 @@ def _head_pooling(config: dict[str, Any], family: Family, folder: Path) -> Liter
     )
 
 
-def _rotary(config: dict[str, Any], layers: int, folder: Path) -> Rotary:
+def _rotary(config: dict[str, Any], layers: int, positions: int, folder: Path) -> Rotary:
     """ModernBERT's positions in both spellings: `rope_parameters` (transformers 5), `*_rope_theta` (4)."""
     kinds = config.get("layer_types")
     if kinds is None:
@@ -235,6 +236,7 @@ def _rotary(config: dict[str, Any], layers: int, folder: Path) -> Rotary:
     return Rotary(
         global_theta=thetas["full_attention"],
         local_theta=thetas["sliding_attention"],
-        window=int(config.get("local_attention") or 128) // 2,
+        # One that is wider than every text hides nothing, and need not fit the graph's integers.
+        window=min(int(config.get("local_attention") or 128) // 2, positions),
         local_layers=tuple(kind == "sliding_attention" for kind in kinds),
     )

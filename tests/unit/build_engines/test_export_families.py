@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -137,3 +138,18 @@ def test_local_attention_is_local(exported: Callable[[str, str], Exported]) -> N
     onnx.save(graph, str(widened))
     arrays = model.inputs((2, 60))
     assert np.abs(session(widened).run(None, arrays)[0] - model.run(arrays)["embeddings"]).max() > 1e-3
+
+
+def test_a_window_beyond_every_text_and_every_integer(tmp_path: Path) -> None:
+    """It hides nothing, as Transformers with a window as long as the model's positions."""
+    model = save_tiny(tmp_path, "modernbert", "embed")
+    positions = model.config.max_position_embeddings
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    found = []
+    arrays = batch((2, positions), model.config.pad_token_id, False)
+    for name, window in (("huge", 10**30), ("all", 2 * positions)):
+        path.write_text(json.dumps({**config, "local_attention": window}))
+        graph = export_encoder(tmp_path, "embed", tmp_path / name)
+        found.append(session(graph.path).run(None, arrays)[0])
+    np.testing.assert_array_equal(*found)
