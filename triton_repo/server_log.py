@@ -43,7 +43,7 @@ def _first_part(reason: str) -> str:
             "it is for a GPU, and Triton finds none here (no driver, or a container started without --gpus)"
         )
     if "backend library for backend 'tensorrt'" in text:
-        return "this tritonserver has no TensorRT backend; NVIDIA's container has (see: triton-repo container)"
+        return "this tritonserver has no TensorRT backend; NVIDIA's container has one (triton-repo container)"
     for prefix in ("Internal: ", "TritonModelException: ", "Invalid argument: "):
         text = text.removeprefix(prefix)
     return text

@@ -144,6 +144,32 @@ def test_the_images_tensorrt_is_found_by_its_file(tmp_path: Path) -> None:
     assert subprocess.run(script, capture_output=True, text=True, check=True).stdout == "11.2.1\n"
 
 
+@pytest.mark.parametrize(("failing", "ran"), [("", ["build", "write"]), ("build-engines", ["build"])])
+def test_the_build_writes_the_repository_of_what_it_built(
+    compose: Any, tmp_path: Path, failing: str, ran: list[str]
+) -> None:
+    """Compose's own `$$` is a `$`; a failing build ends it."""
+    for name in ("build-engines", "triton-repo"):
+        tool = tmp_path / name
+        tool.write_text(f'#!/bin/sh\necho "{name} $@" >>"$CALLS"\n' + ("exit 3\n" if name == failing else ""))
+        tool.chmod(0o755)
+    (program,) = compose["services"]["build"]["command"]
+    stage = (DOCKER / "Dockerfile").read_text().split(" AS build")[1].split("FROM ")[0]
+    assert 'ENTRYPOINT ["bash", "-euc"]' in stage
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "CALLS": str(tmp_path / "calls"),
+        "STACK": "/stack/own.toml",
+    }
+    words = ["bash", "-euc", program.replace("$$", "$")]
+    done = subprocess.run(words, env=environment, check=False)
+    assert done.returncode == (3 if failing else 0)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert [call.split()[1] for call in calls] == ran
+    assert all("/stack/own.toml --build-dir /engines --target tensorrt" in call for call in calls)
+    assert failing or calls[-1].endswith("--native")
+
+
 STACK = 'card = "rtx-5070-ti"\ntargets = ["tensorrt"]\n'
 FAKE_DOCKER = """#!/bin/sh
 [ "$1 $2" = "compose version" ] && exit "$NO_COMPOSE"
