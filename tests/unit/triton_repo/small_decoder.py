@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from fake_tensorrt import FakeTensorRT, write_engine
 
 from build_engines.export.decoder import open_decoder, write_decoder
 from build_engines.graphs import fix_dimension
+from build_engines.manifest import write_manifest
 from build_engines.profiles import DecoderProfile
 from build_engines.targets.decoder_lowering import lower_decoder, widen_decoder
 from triton_repo.runtime.decoder import DecoderEngine
@@ -54,6 +56,15 @@ def gpu_engine(
     device = Device(api=api, promised=promised)
     engine = TensorRTEngine(folder / "engine.trt", trt, device, runtime_cache=folder / "kernels.cache")
     return GpuDecoder(manifest, engine, device)
+
+
+def write_engine_folder(folder: Path, model: Path, manifest: dict[str, Any], tokenizer: Any) -> None:
+    """`folder` as the pipeline leaves it for TensorRT-RTX and a card of 12.0."""
+    folder.mkdir()
+    shutil.copyfile(model / "engine.trt", folder / "engine.trt")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    card = {"target": "tensorrt-rtx", "precision": "fp16", "compute_capability": "12.0"}
+    write_manifest(folder, manifest | card, "engine.trt")
 
 
 def _write_checkpoint(folder: Path, vocabulary: int) -> None:

@@ -6,6 +6,8 @@ The CUDA runtime and TensorRT are emulated with true numbers (fake_gpu, fake_ten
 from __future__ import annotations
 
 import gc
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +18,24 @@ import numpy as np
 import pytest
 from fake_gpu import FakeCudart
 from fake_tensorrt import FakeTensorRT
-from small_decoder import CAPACITY, CHUNK, SLOTS, cpu_engine, gpu_engine, serving, write_model
+from small_decoder import (
+    CAPACITY,
+    CHUNK,
+    LAYERS,
+    SLOTS,
+    cpu_engine,
+    gpu_engine,
+    serving,
+    write_engine_folder,
+    write_model,
+)
 
+from build_engines.decoder_memory import decoder_engine_memory
+from build_engines.shapes import read_decoder_shape
+from build_engines.stack import Model
 from triton_repo.runtime.decoder import DecoderEngine
 from triton_repo.runtime.generation import GenerationService
-from triton_repo.runtime.gpu.cuda import DeviceMemoryFull
+from triton_repo.runtime.gpu.cuda import Device, DeviceMemoryFull
 from triton_repo.runtime.gpu.decoder import GpuDecoder
 from triton_repo.runtime.scheduler import Scheduler
 from triton_repo.runtime.session import EngineRefused
@@ -247,6 +262,52 @@ def test_the_whole_service_over_it(gpu: Gpu, folder: Path) -> None:
         service.close()
     assert answers[0] == answers[1]
     assert not gpu.leaks()
+
+
+def test_an_engine_folder_is_opened_on_the_gpu_that_was_asked_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = FakeCudart(devices=2)
+    trt: Any = FakeTensorRT(api)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)
+    monkeypatch.setattr("triton_repo.runtime.gpu.cuda.cudart", lambda: api)
+    monkeypatch.setenv("ONECARD_CACHE_DIR", str(tmp_path / "kernels"))
+    write_engine_folder(tmp_path / "engine", folder, MANIFEST, TOKENIZER)
+    service = GenerationService.open(tmp_path / "engine", device=1)
+    assert {stream.device for stream in api.streams.values()} == {1}
+    expected = _serve(cpu_engine(folder, MANIFEST))
+    request = {"text": "정말 good noodles", "max_tokens": 8}
+    assert service.generate(request)[0].token_ids == expected.generate(request)[0].token_ids
+    service.close()
+    expected.close()
+    assert list((tmp_path / "kernels").iterdir())  # what was compiled in the warm-up
+    with pytest.raises(EngineRefused, match="there is no GPU 2"):
+        GenerationService.open(tmp_path / "engine", device=2)
+    assert not api.misuses
+
+
+def test_it_takes_what_the_plan_counts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: Counter[str] = Counter()
+    allocate = Device.array
+
+    def counted(self: Device, shape: Any, dtype: Any, purpose: str, **options: Any) -> Any:
+        array = allocate(self, shape, dtype, purpose, **options)
+        taken[purpose] += array.nbytes
+        return array
+
+    monkeypatch.setattr(Device, "array", counted)
+    gpu = Gpu(folder, rtx=True)
+    model = Model(
+        name="m", task="generate", source="a/b", slots=SLOTS, max_length=CAPACITY, prefill_chunk=CHUNK
+    )
+    planned = decoder_engine_memory(
+        model, read_decoder_shape(folder / "checkpoint" / "config.json"), "fp16", 0
+    )
+    # The plan is for FP16; this graph and its cache are FP32.
+    assert taken["cache"] == 2 * planned.cache
+    spare = planned.cache // (SLOTS * 2 * LAYERS)
+    assert taken["buffers"] == pytest.approx(planned.buffers + spare, abs=1024)
+    gpu.engine.close()
 
 
 def _tokens(deltas: list[Any], index: int) -> list[int]:
