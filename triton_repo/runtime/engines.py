@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from triton_repo.runtime.gpu.cuda import Device
 
 TARGETS = ("onnxruntime", "onnxruntime-cuda", "tensorrt-rtx", "tensorrt")
+# Positions of a prompt whose logits one run gives.
+_LOGIT_ROWS = 8
 _MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 
 
@@ -60,62 +62,54 @@ def _target(folder: Path) -> str:
     return target
 
 
-def _open_on_gpu(folder: Path, index: int, made: Callable[[Path, dict[str, Any], Device], Any]) -> Any:
-    """Digests, then the device, then `made` on it, which is given back if anything of that fails."""
+def _open_on_gpu(folder: Path, index: int, made: Callable[[dict[str, Any], Any, Device], Any]) -> Any:
+    """Digests, then the device, then `made` from the manifest, the loaded engine and the device.
+
+    Whatever fails, nothing stays on the GPU.
+    """
     from triton_repo.runtime.gpu.cuda import Device
 
     manifest = read_manifest(folder)
     check_files(folder, manifest)
-    try:
-        device = Device(index, promised=manifest.get("memory"))
+    with contextlib.ExitStack() as undo:
         try:
-            engine = made(folder, manifest, device)
+            device = Device(index, promised=manifest.get("memory"))
+            undo.callback(_give_up, device)
+            loaded = _load(folder, manifest, device)
+            undo.callback(_give_up, loaded)
+            engine = made(manifest, loaded, device)
             engine.warm_up()
-        except BaseException:
-            _give_up(device)
-            raise
-    except EngineFailed as error:  # CudaError is one
-        raise EngineRefused(f"{folder}: {error}") from error
+        except EngineFailed as error:  # CudaError is one
+            raise EngineRefused(f"{folder}: {error}") from error
+        undo.pop_all()
     return engine
 
 
-def _give_up(device: Device) -> None:
+def _give_up(held: Any) -> None:
     with contextlib.suppress(EngineFailed):  # what went wrong before says more
-        device.close()
+        held.close()
 
 
-def _encoder(folder: Path, manifest: dict[str, Any], device: Device) -> Any:
+def _encoder(manifest: dict[str, Any], loaded: Any, device: Device) -> Any:
     from triton_repo.runtime.gpu.encoder import GpuEncoderEngine
 
-    return GpuEncoderEngine(manifest, _load(folder, manifest, device, [manifest["profile"]]), device)
+    return GpuEncoderEngine(manifest, loaded, device)
 
 
-def _decoder(folder: Path, manifest: dict[str, Any], device: Device, *, graphs: bool = True) -> Any:
+def _decoder(manifest: dict[str, Any], loaded: Any, device: Device) -> Any:
     from triton_repo.runtime.gpu.decoder import GpuDecoder
 
-    serving = manifest["serving"]
-    one = (1, 1, 1)
-    decode = {"batch": (1, 1, serving["slots"]), "sequence": one, "logits": one}
-    prefill = {"batch": one, "sequence": (1, 1, serving["chunk"]), "logits": (1, 1, min(8, serving["chunk"]))}
-    engine = _load(folder, manifest, device, [decode, prefill], graphs=graphs)
-    return GpuDecoder(manifest, engine, device)
+    return GpuDecoder(manifest, loaded, device)
 
 
-def _load(
-    folder: Path,
-    manifest: Mapping[str, Any],
-    device: Device,
-    profiles: Sequence[Mapping[str, Sequence[int]]],
-    *,
-    graphs: bool = False,
-) -> Any:
-    """The engine itself. `profiles` and `graphs` are for ONNX Runtime; TensorRT knows both by itself."""
+def _load(folder: Path, manifest: Mapping[str, Any], device: Device) -> Any:
+    """The engine itself, in the library that it is for."""
     engine, target = folder / manifest["engine"]["file"], manifest["target"]
     if target == "onnxruntime-cuda":
         from triton_repo.runtime.gpu.onnxruntime import OnnxRuntimeEngine
 
-        exact = manifest["precision"] == "fp32"
-        return OnnxRuntimeEngine(engine, device, profiles=profiles, exact=exact, graphs=graphs)
+        exact, generates = manifest["precision"] == "fp32", manifest["task"] == "generate"
+        return OnnxRuntimeEngine(engine, device, profiles=_profiles(manifest), exact=exact, graphs=generates)
     from triton_repo.runtime.gpu.compatibility import check_compatible
     from triton_repo.runtime.gpu.runtime_cache import cache_path
     from triton_repo.runtime.gpu.tensorrt import TensorRTEngine
@@ -124,6 +118,17 @@ def _load(
     check_compatible(folder, manifest, device.info, str(module.__version__))
     kernels = cache_path(manifest["engine"]["sha256"], device.info.name)
     return TensorRTEngine(engine, module, device, runtime_cache=kernels)
+
+
+def _profiles(manifest: Mapping[str, Any]) -> list[Mapping[str, Sequence[int]]]:
+    """Sizes of the symbolic dimensions for each profile, for ONNX Runtime, whose engines have none."""
+    serving = manifest["serving"]
+    if manifest["task"] != "generate":
+        return [manifest["profile"]]
+    one, chunk = (1, 1, 1), serving["chunk"]
+    decode = {"batch": (1, 1, serving["slots"]), "sequence": one, "logits": one}
+    prefill = {"batch": one, "sequence": (1, 1, chunk), "logits": (1, 1, min(_LOGIT_ROWS, chunk))}
+    return [decode, prefill]
 
 
 def _library(target: str) -> Any:

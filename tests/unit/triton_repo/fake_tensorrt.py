@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from collections.abc import Mapping, Sequence
 from enum import Enum, IntEnum
 from pathlib import Path
@@ -164,7 +165,11 @@ class PlainRuntime:
             self._logger.log(_Severity.INFO, "Loaded engine size: 0 MiB")
             self._logger.log(_Severity.ERROR, "Error Code 1: Serialization (the fake was told to fail)")
             return None
-        return ICudaEngine(self._trt, self._logger, content)
+        error, weights = self._trt.api.cudaMalloc(len(content))
+        if weights is None:
+            self._logger.log(_Severity.ERROR, f"Error Code 2: OutOfMemory ({error.name})")
+            return None
+        return ICudaEngine(self._trt, self._logger, content, weights)
 
 
 class Runtime(PlainRuntime):
@@ -209,8 +214,9 @@ class IRuntimeConfig:
 
 
 class ICudaEngine:
-    def __init__(self, trt: FakeTensorRT, logger: Any, content: bytes) -> None:
+    def __init__(self, trt: FakeTensorRT, logger: Any, content: bytes, weights: int) -> None:
         self._trt, self._logger = trt, logger
+        self._weights = weights  # they only take room here
         (length,) = struct.unpack_from("<Q", content, 64)
         plan = json.loads(content[72 : 72 + length])
         self._profiles, self._activations = plan["profiles"], plan["activations"]
@@ -222,8 +228,6 @@ class ICudaEngine:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = 1
-        # An engine has its weights on the device; here they only take room.
-        self._weights = trt.api.cudaMalloc(len(content))[1]
         self._session = onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
@@ -422,3 +426,14 @@ CLASSES = SimpleNamespace(
     IRuntimeConfig=IRuntimeConfig,
     IRuntimeCache=IRuntimeCache,
 )
+
+
+def emulate(monkeypatch: Any, *, rtx: bool = True, **settings: Any) -> tuple[FakeCudart, FakeTensorRT]:
+    """Put an emulated GPU (FakeCudart's `settings`) and its TensorRT in the place of the real ones."""
+    from triton_repo.runtime.gpu import cuda
+
+    api = FakeCudart(**settings)
+    trt = FakeTensorRT(api, rtx=rtx)
+    monkeypatch.setattr(cuda, "cudart", lambda: api)
+    monkeypatch.setitem(sys.modules, trt.__name__, trt)
+    return api, trt

@@ -67,14 +67,18 @@ class TensorRTEngine:
             self._check_validity()
         device.require(self.path.stat().st_size, "weights")
         self._engine = self._deserialize()
-        self.profiles: int = self._engine.num_optimization_profiles
-        self.tensors = self._read_tensors()
-        sizes = [self._engine.get_device_memory_size_for_profile_v2(p) for p in range(self.profiles)]
-        nbytes = max(self._engine.device_memory_size_v2, *sizes)
-        self._activations = device.array((nbytes,), np.uint8, "activations")
         self.runtime_cache: RuntimeCache | None = None
-        self._config = self._runtime_config(runtime_cache)
         self._contexts: list[ExecutionContext] = []
+        try:
+            self.profiles: int = self._engine.num_optimization_profiles
+            self.tensors = self._read_tensors()
+            sizes = [self._engine.get_device_memory_size_for_profile_v2(p) for p in range(self.profiles)]
+            nbytes = max(self._engine.device_memory_size_v2, *sizes)
+            self._activations = device.array((nbytes,), np.uint8, "activations")
+            self._config = self._runtime_config(runtime_cache)
+        except BaseException:
+            self._engine = None  # the error's traceback must not keep the weights on the GPU
+            raise
 
     def context(self, profile: int = 0) -> ExecutionContext:
         """A new context that runs shapes of `profile`. Raises EngineRefused."""
