@@ -230,7 +230,7 @@ def _node(
 
 
 def finish_lowering(model: onnx.ModelProto) -> None:
-    """Add the constants that new nodes read; drop nodes and initializers that no output depends on any more."""
+    """Add the constants that new nodes read; drop nodes and initializers that no output depends on."""
     from onnx import numpy_helper
 
     graph = model.graph

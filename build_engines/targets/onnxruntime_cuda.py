@@ -1,9 +1,9 @@
-"""ONNX Runtime on the GPU: the typed graph, an LLM's attention in the operator that its CUDA kernels are for.
+"""ONNX Runtime on the GPU: the typed graph, an LLM's attention in the operator made for a cache.
 
-An encoder is its FP16 or FP32 graph as it was judged: every operator that computes in it has a CUDA kernel. An
-LLM's rotary embedding, cache update and attention become one GroupQueryAttention a layer. The standard operators
-have CUDA kernels too, but with a mask they read the whole capacity of the cache at every step; this one reads the
-tokens that a row holds, and appends in place.
+An encoder is its FP16 or FP32 graph as it was judged: every operator that computes in it has a CUDA kernel.
+An LLM's rotary embedding, cache update and attention become one GroupQueryAttention a layer. The standard
+operators have CUDA kernels too, but with a mask they read the whole capacity of the cache at every step; this
+one reads the tokens that a row holds, and appends in place.
 
 Nothing here needs a GPU or ONNX Runtime's package for it: kernels are chosen when the engine is opened.
 """
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from build_engines.targets import Progress
 
 _FLOAT = 1  # TensorProto.DataType
+_HEAD = 16
 _PROVIDER = "CUDAExecutionProvider"
 _QUANTIZED = {"QuantizeLinear", "DequantizeLinear"}
 
@@ -51,8 +52,8 @@ class OnnxRuntimeCudaTarget:
 
         if _PROVIDER not in onnxruntime.get_available_providers():
             raise _not_installed(
-                f"the onnxruntime {onnxruntime.__version__} installed here computes on the CPU only, and this "
-                "machine has a GPU to judge the engine on"
+                f"the onnxruntime {onnxruntime.__version__} installed here computes on the CPU only, and "
+                "this machine has a GPU to judge the engine on"
             )
 
     def compile(
@@ -91,11 +92,11 @@ class OnnxRuntimeCudaTarget:
 def lower_decoder_for_cuda(model: onnx.ModelProto, capacity: int) -> onnx.ModelProto:
     """An FP16 graph of `export.write_decoder` with one GroupQueryAttention a layer; `model` is left as it is.
 
-    The operator reads each row's last position. From the shape of input_ids ONNX Runtime would compute it on the
-    host: two copies between host and GPU in every step, and no step could be a CUDA graph. So the graph has one
-    input more, `last_offset` (int32 [1]): tokens of this run, less one. For the same reason the length of the
-    longest row, which the operator wants to know on the host, is always said to be `capacity`; what is read of a
-    row is bounded by its own last position.
+    The operator reads each row's last position. From the shape of input_ids ONNX Runtime would compute it on
+    the host: two copies between host and GPU in every step, and no step could be a CUDA graph. So the graph
+    has one input more, `last_offset` (int32 [1]): tokens of this run, less one. For the same reason the length
+    of the longest row, which the operator wants to know on the host, is always said to be `capacity`; what is
+    read of a row is bounded by its own last position.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -133,6 +134,13 @@ def _write_decoder(graph: Path, engine: Path, capacity: int) -> onnx.ModelProto:
             cause="GroupQueryAttention computes in FP16 or BF16 there",
             next_step='add "fp16" to the model\'s precisions, or use the target "onnxruntime" for fp32',
         )
+    head_dim = next(v for v in model.graph.input if v.name == "past_key.0").type.tensor_type.shape.dim[3]
+    if head_dim.dim_value % _HEAD:
+        raise CompileError(
+            f"{graph.name}: ONNX Runtime has no attention with a cache for heads of {head_dim.dim_value} elements",
+            cause=f"GroupQueryAttention takes multiples of {_HEAD}",
+            next_step='use the target "tensorrt-rtx" for this model',
+        )
     lowered = lower_decoder_for_cuda(model, capacity)
     data = graph.with_name(f"{graph.name}.data")
     if data.is_file():
@@ -149,9 +157,8 @@ def _refuse_int8(model: onnx.ModelProto, graph: Path) -> None:
     found = sum(node.op_type in _QUANTIZED for node in model.graph.node)
     if found:
         raise CompileError(
-            f"{graph.name} is quantized ({found} Q and DQ nodes), and ONNX Runtime has no INT8 kernels for it on "
-            "the GPU",
-            cause="it would widen the weights to FP16 at every run: slower than FP16, and no smaller in use",
+            f"{graph.name} is quantized ({found} Q and DQ nodes), which onnxruntime-cuda does not run",
+            cause="ONNX Runtime has no INT8 matrix products for such graphs on a GPU; it would widen them",
             next_step='build INT8 for the target "tensorrt-rtx" or "tensorrt", or "fp16" for this one',
         )
 

@@ -1,25 +1,26 @@
-"""ONNX Runtime on the GPU, with the interface of runtime.gpu.tensorrt: shapes and addresses in, work on the stream.
+"""ONNX Runtime on the GPU, with the interface of runtime.gpu.tensorrt: shapes and addresses in, work out.
 
-So its encoders and LLMs are run by the same code as TensorRT's. Everything is bound to addresses of the device; a
-decode step is recorded as a CUDA graph by ONNX Runtime itself.
+So its encoders and LLMs are run by the same code as TensorRT's. Everything is bound to addresses of the
+device; a decode step is recorded as a CUDA graph by ONNX Runtime itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from triton_repo.runtime.gpu.cuda import MIB, Device, DeviceMemoryFull
 from triton_repo.runtime.gpu.tensorrt import Shape, Tensor
 from triton_repo.runtime.session import EngineRefused
 from triton_repo.runtime.texts import EngineFailed
 
+_LOG = logging.getLogger("onecard")
 PROVIDER = "CUDAExecutionProvider"
 # An input that the lowered LLM has beside those of its typed graph: tokens of each row in this run, less one.
 LAST_OFFSET = "last_offset"
@@ -71,10 +72,13 @@ class OnnxRuntimeEngine:
         self._dimensions = {tensor.name: tuple(tensor.shape) for tensor in session.get_inputs()}
         self._outputs = {tensor.name: tuple(tensor.shape) for tensor in session.get_outputs()}
         self._offsets = self._offset_table(profiles) if LAST_OFFSET in self._dimensions else None
+        self._contexts: list[ExecutionContext] = []
 
     def context(self, profile: int = 0) -> ExecutionContext:
         """A new context that runs shapes of `profile`."""
-        return ExecutionContext(self, recorded=profile == 0)
+        context = ExecutionContext(self, recorded=self.graphs and profile == 0)
+        self._contexts.append(context)
+        return context
 
     def profile_for(self, shapes: Mapping[str, Sequence[int]]) -> int:
         """The first profile that takes inputs of these shapes. Raises ValueError."""
@@ -89,8 +93,12 @@ class OnnxRuntimeEngine:
 
     def close(self) -> None:
         """Let go of session and weights; a second time does nothing."""
-        if self._session is not None:
-            self.device.synchronize()
+        if self._session is None:
+            return
+        self.device.synchronize()
+        for context in self._contexts:
+            context._bound.clear()  # a binding keeps its session
+        self._contexts.clear()
         self._session = None
 
     def output_shapes(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
@@ -135,7 +143,7 @@ class OnnxRuntimeEngine:
             raise EngineFailed(f"ONNX Runtime: the run failed: {_first_line(error)}") from error
 
     def _offset_table(self, profiles: Sequence[Ranges]) -> Any:
-        """0, 1, 2, ... on the device: a run of n tokens is bound to the place of n - 1, so nothing is copied."""
+        """0, 1, 2, ... on the device: a run of n tokens is bound to the place of n - 1."""
         longest = max(ranges["sequence"][-1] for ranges in profiles)
         table = self.device.array((longest,), np.int32, "buffers")
         values = self.device.pinned((longest,), np.int32)
@@ -171,7 +179,7 @@ class ExecutionContext:
         if key not in self._bound:
             self._keep(key)
         binding, graph = self._bound[key]
-        self.engine.run(binding, self._run_options(graph if self.engine.graphs else -1))
+        self.engine.run(binding, self._run_options(graph))
 
     def _keep(self, key: Any) -> None:
         binding = self.engine.bind(self._shapes, self._addresses)
@@ -189,6 +197,45 @@ class ExecutionContext:
             options.add_run_config_entry("disable_synchronize_execution_providers", "1")
             options.add_run_config_entry("gpu_graph_id", str(graph))
         return self._options[graph]
+
+
+def open_recorded(open_decoder: Callable[[bool], Any], name: str) -> Any:
+    """An LLM whose decode steps are CUDA graphs, if that works here, and plain runs if not.
+
+    Args:
+        open_decoder: opens it, warm, with graphs or without.
+        name: for the log.
+
+    Raises:
+        EngineRefused: it does not open without graphs either.
+    """
+    try:
+        decoder = open_decoder(True)
+        try:
+            check_steps(decoder)
+        except BaseException:
+            decoder.close()
+            raise
+    except (EngineRefused, EngineFailed) as error:
+        _LOG.warning("%s: decode steps are no CUDA graphs, which costs time: %s", name, error)
+        return open_decoder(False)
+    return decoder
+
+
+def check_steps(decoder: Any) -> None:
+    """Raise EngineRefused unless decoding gives the logits that prefill does.
+
+    A recorded step replays what was launched when it was recorded, at another length. Nothing else would
+    notice if that were wrong: gates read texts as prompts.
+    """
+    tokens = [token % decoder.vocabulary for token in range(1, 8)]
+    expected = decoder.logits(tokens)
+    decoder.prefill(0, tokens[:4], 0)
+    for length in range(4, 7):
+        found = decoder.decode([0], [tokens[length]], [length])[0]
+        off = float(np.abs(found - expected[length]).max())
+        if not off <= 0.05 * max(1.0, float(np.abs(expected).max())):  # NaN too
+            raise EngineRefused(f"decoding at {length} gives other logits than prefill, by {off:.3g}")
 
 
 def open_session(model: Path, device: Device, *, exact: bool, graphs: bool) -> Any:
@@ -217,8 +264,8 @@ def open_session(model: Path, device: Device, *, exact: bool, graphs: bool) -> A
         raise EngineRefused(f"{model}: ONNX Runtime refuses it: {_first_line(error)}") from error
     if PROVIDER not in session.get_providers():
         raise EngineRefused(
-            f"{model}: ONNX Runtime could not start its {PROVIDER} and would compute on the CPU; why, it said on "
-            "standard error"
+            f"{model}: ONNX Runtime could not start its {PROVIDER} and would compute on the CPU; "
+            "it said why on standard error"
         )
     session.disable_fallback()
     return session
@@ -236,7 +283,7 @@ def load_library() -> Any:
     version, providers = onnxruntime.__version__, onnxruntime.get_available_providers()
     if PROVIDER not in providers:
         raise EngineRefused(
-            f"the onnxruntime {version} installed here is the one for CPUs (providers: {', '.join(providers)}); "
+            f"the onnxruntime {version} installed here is the one for CPUs ({', '.join(providers)}); "
             f"onnxruntime and onnxruntime-gpu are one Python module, so one replaces the other: {_INSTALL}"
         )
     if hasattr(onnxruntime, "preload_dlls"):
@@ -248,8 +295,8 @@ def load_library() -> Any:
         ctypes.CDLL(str(folder / "libonnxruntime_providers_cuda.so"))
     except OSError as error:
         raise EngineRefused(
-            f"the CUDA provider of onnxruntime {version} cannot be loaded ({error}); a library of CUDA or the "
-            f"driver is missing: {_INSTALL}, and see what `nvidia-smi` says"
+            f"the CUDA provider of onnxruntime {version} cannot be loaded ({error}); a library of CUDA "
+            f"or the driver is missing: {_INSTALL}, and see what `nvidia-smi` says"
         ) from None
     return onnxruntime
 
@@ -283,9 +330,9 @@ def _explained(device: Device) -> Iterator[None]:
             raise
         free, total = device.memory()
         raise DeviceMemoryFull(
-            f"the GPU is full: ONNX Runtime needs more than the {free / MIB:,.0f} of {total / MIB:,.0f} MiB that "
-            "are free; other models or programs hold the rest; see `nvidia-smi`, stop what is not needed, or make "
-            f"slots, max_length or max_batch smaller and build again ({_first_line(error)})",
+            f"the GPU is full: ONNX Runtime needs more than the {free / MIB:,.0f} of {total / MIB:,.0f} MiB "
+            "that are free; other models or programs hold the rest; see `nvidia-smi`, stop what is not needed, "
+            f"or make slots, max_length or max_batch smaller and build again ({_first_line(error)})",
             "cudaErrorMemoryAllocation",
         ) from error
 
