@@ -24,6 +24,7 @@ HEAVY = {
     "safetensors",
     "sentence_transformers",
     "tensorrt",
+    "tensorrt_llm",
     "tensorrt_rtx",
     "tokenizers",
     "torch",
@@ -82,7 +83,15 @@ ACROSS: dict[str, set[str]] = {
 }
 # These import nothing else of their own package either: they are copied out of it.
 SEALED = {"triton_repo.runtime", "triton_repo.models"}
-RUNTIME_MAY_IMPORT = {"cuda", "jinja2", "numpy", "onnxruntime", "tokenizers", "triton_python_backend_utils"}
+RUNTIME_MAY_IMPORT = {
+    "cuda",
+    "jinja2",
+    "numpy",
+    "onnxruntime",
+    "tensorrt_llm",
+    "tokenizers",
+    "triton_python_backend_utils",
+}
 
 
 def modules() -> list[tuple[str, Path]]:

@@ -39,7 +39,8 @@ class LlmBuild(ModelBuild):
 
     def engines(self, targets: Sequence[Target]) -> list[BuiltEngine]:
         """One, whichever the stack's targets are; none where no engine is wanted."""
-        return super().engines(targets[:1])
+        (precision,) = self.model.precisions
+        return [self.compile(precision, self.typed(precision), target) for target in targets[:1]]
 
     def typed(self, precision: Precision) -> StageRun:
         """There is no graph: what the checkpoint is, and its tokenizer."""

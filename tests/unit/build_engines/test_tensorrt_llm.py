@@ -18,11 +18,13 @@ from build_engines.errors import FetchError, OnecardError, PlanError, StackError
 from build_engines.manifest import StageRun
 from build_engines.modelopt import weight_files
 from build_engines.pipeline import BuiltEngine, build_stack
+from build_engines.pipeline.llm import LlmBuild
 from build_engines.plan import plan_stack, require_fit
 from build_engines.profiles import DecoderProfile
 from build_engines.random_model import RandomLlama, write_random_llm
 from build_engines.shapes import resolve_shape
 from build_engines.stack import LLM_CAPABILITIES, DecoderShape, Stack, load_stack
+from build_engines.targets import get_target
 from triton_repo.runtime.session import check_files, read_manifest
 from triton_repo.writer import write_repository
 
@@ -311,6 +313,9 @@ def test_the_checkpoint_is_linked_and_recorded(tmp_path: Path) -> None:
     assert [skipped for _, skipped in build(stack)[1].stages] == [True, True]
     assert build_stack(stack, Details(), targets=[]) == []
     assert len(build_stack(stack, Details(), targets=["onnxruntime", "tensorrt-rtx"])) == 1
+    # A target that has no engine of such a precision takes nothing away from this model.
+    (found,) = LlmBuild(stack, stack.models["llm"], Details()).engines([get_target("onnxruntime-cuda")])
+    assert found.manifest["target"] == "tensorrt-llm"
     write_settings(source, quant_algo="NVFP4", kv_cache_quant_algo="FP8")
     again, details = build(stack)
     assert [skipped for _, skipped in details.stages] == [False, False]
