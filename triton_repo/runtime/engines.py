@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +46,7 @@ def open_decoder_engine(folder: Path, threads: int | None = None, device: int = 
         from triton_repo.runtime.gpu.onnxruntime import open_recorded
 
         def opened(graphs: bool) -> Any:
-            return _open_on_gpu(Path(folder), device, partial(_decoder, graphs=graphs))
+            return _open_on_gpu(Path(folder), device, _decoder, graphs=graphs)
 
         return open_recorded(opened, str(folder))
     return _open_on_gpu(Path(folder), device, _decoder)
@@ -62,10 +61,16 @@ def _target(folder: Path) -> str:
     return target
 
 
-def _open_on_gpu(folder: Path, index: int, made: Callable[[dict[str, Any], Any, Device], Any]) -> Any:
+def _open_on_gpu(
+    folder: Path,
+    index: int,
+    made: Callable[[dict[str, Any], Any, Device], Any],
+    *,
+    graphs: bool = False,
+) -> Any:
     """Digests, then the device, then `made` from the manifest, the loaded engine and the device.
 
-    Whatever fails, nothing stays on the GPU.
+    Whatever fails, nothing stays on the GPU. `graphs`: ONNX Runtime records decode steps.
     """
     from triton_repo.runtime.gpu.cuda import Device
 
@@ -75,7 +80,7 @@ def _open_on_gpu(folder: Path, index: int, made: Callable[[dict[str, Any], Any, 
         try:
             device = Device(index, promised=manifest.get("memory"))
             undo.callback(_give_up, device)
-            loaded = _load(folder, manifest, device)
+            loaded = _load(folder, manifest, device, graphs)
             undo.callback(_give_up, loaded)
             engine = made(manifest, loaded, device)
             engine.warm_up()
@@ -102,14 +107,14 @@ def _decoder(manifest: dict[str, Any], loaded: Any, device: Device) -> Any:
     return GpuDecoder(manifest, loaded, device)
 
 
-def _load(folder: Path, manifest: Mapping[str, Any], device: Device) -> Any:
+def _load(folder: Path, manifest: Mapping[str, Any], device: Device, graphs: bool) -> Any:
     """The engine itself, in the library that it is for."""
     engine, target = folder / manifest["engine"]["file"], manifest["target"]
     if target == "onnxruntime-cuda":
         from triton_repo.runtime.gpu.onnxruntime import OnnxRuntimeEngine
 
-        exact, generates = manifest["precision"] == "fp32", manifest["task"] == "generate"
-        return OnnxRuntimeEngine(engine, device, profiles=_profiles(manifest), exact=exact, graphs=generates)
+        exact = manifest["precision"] == "fp32"
+        return OnnxRuntimeEngine(engine, device, profiles=_profiles(manifest), exact=exact, graphs=graphs)
     from triton_repo.runtime.gpu.compatibility import check_compatible
     from triton_repo.runtime.gpu.runtime_cache import cache_path
     from triton_repo.runtime.gpu.tensorrt import TensorRTEngine

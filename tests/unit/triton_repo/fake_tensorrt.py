@@ -334,6 +334,8 @@ class IExecutionContext:
     def set_tensor_address(self, name: str, memory: int) -> bool:
         if name not in self._engine._io or not memory:
             return False
+        if memory % 256:
+            self._trt.api.misuse(f"{name} at {memory:#x}, which is no multiple of 256")
         self._addresses[name] = int(memory)
         return True
 

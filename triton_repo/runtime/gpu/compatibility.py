@@ -27,7 +27,7 @@ def check_compatible(folder: Path, manifest: Mapping[str, Any], info: DeviceInfo
     engine, target = folder / manifest["engine"]["file"], manifest["target"]
     capability, portable = manifest.get("compute_capability"), bool(manifest.get("portable"))
     compiled_by = manifest.get("versions", {}).get(target)
-    compiled_for = (capability,)
+    compiled_for: tuple[str, ...] = (str(capability),)
     if target == "tensorrt-rtx":
         header = read_header(engine)
         compiled_by, compiled_for = header.version, header.compute_capabilities
@@ -41,7 +41,7 @@ def check_compatible(folder: Path, manifest: Mapping[str, Any], info: DeviceInfo
         return
     if portable and _numbers(info.compute_capability) >= _PORTABLE_FROM:
         return  # no promise: the library is asked when it is loaded
-    named = " and ".join(map(str, compiled_for)) or "that is not known here"
+    named = " and ".join(compiled_for) or "that is not known here"
     raise EngineRefused(
         f"{engine} was compiled for compute capability {named}, the GPU here ({info.name}) has "
         f"{info.compute_capability}; name this card in the stack file"
