@@ -224,6 +224,7 @@ def test_the_plan_s_promise_is_in_the_error_when_the_gpu_is_full(
         open_encoder_engine(made)
     assert isinstance(refused.value.__cause__, DeviceMemoryFull)
     trt.engines.clear()
+    gc.collect()
     assert api.leaks() == []
 
 
