@@ -57,7 +57,8 @@ class FakeBinding:
     def bind_output(self, *arguments: Any) -> None:
         self._bind(self.real.bind_output, *arguments)
 
-    def _bind(self, bind: Any, name: str, kind: str, index: int, dtype: Any, shape: Any, address: int) -> None:  # noqa: PLR0913, PLR0917
+    def _bind(self, bind: Any, *arguments: Any) -> None:
+        name, kind, index, dtype, shape, address = arguments
         assert (kind, index) == ("cuda", 0)
         nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
         self._api.check(address, nbytes)

@@ -24,7 +24,7 @@ from triton_repo.runtime.gpu.tensorrt import TensorRTEngine
 from triton_repo.runtime.session import onnx_session
 
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 64, 96, 4, 2, 16, 2
-SLOTS, CAPACITY, CHUNK = 4, 90, 32
+SLOTS, CAPACITY, CHUNK = 4, 92, 32
 
 
 def serving(vocabulary: int, **changes: Any) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def serving(vocabulary: int, **changes: Any) -> dict[str, Any]:
 def write_model(folder: Path, vocabulary: int) -> None:
     """`folder`/model.onnx, engine.trt and cpu.onnx: one model in FP32."""
     checkpoint = folder / "checkpoint"
-    _write_checkpoint(checkpoint, vocabulary)
+    write_checkpoint(checkpoint, vocabulary)
     write_decoder(open_decoder(checkpoint), folder / "model.onnx", precision="fp32")
     typed = onnx.load(str(folder / "model.onnx"), load_external_data=False)
     onnx.save(lower_decoder(widen_decoder(typed, folder), {}), str(folder / "cpu.onnx"))
@@ -67,7 +67,7 @@ def write_engine_folder(folder: Path, model: Path, manifest: dict[str, Any], tok
     write_manifest(folder, manifest | card, "engine.trt")
 
 
-def _write_checkpoint(folder: Path, vocabulary: int) -> None:
+def write_checkpoint(folder: Path, vocabulary: int) -> None:
     from safetensors.numpy import save_file
 
     narrow = KV_HEADS * HEAD_DIM

@@ -217,8 +217,9 @@ def open_recorded(open_decoder: Callable[[bool], Any], name: str) -> Any:
             decoder.close()
             raise
     except (EngineRefused, EngineFailed) as error:
+        plain = open_decoder(False)
         _LOG.warning("%s: decode steps are no CUDA graphs, which costs time: %s", name, error)
-        return open_decoder(False)
+        return plain
     return decoder
 
 
