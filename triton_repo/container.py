@@ -94,7 +94,10 @@ def _requirements(manifests: Mapping[Path, Mapping[str, object]]) -> list[str]:
         )
         if runs_engine:
             names += _ENGINE_LIBRARIES[str(manifest["target"])]
-    return [_requirement(name, pinned.get(name)) for name in dict.fromkeys(names)]
+    # TensorRT-LLM's image has these, in the versions that its Transformers bears.
+    llm = any(manifest["target"] == "tensorrt-llm" for manifest in manifests.values())
+    there = {"tokenizers", "jinja2"} if llm else set()
+    return [name if name in there else _requirement(name, pinned.get(name)) for name in dict.fromkeys(names)]
 
 
 def _requirement(name: str, version: str | None) -> str:

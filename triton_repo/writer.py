@@ -88,7 +88,8 @@ def not_judged(repository: Path) -> list[str]:
         manifest = json.loads(path.read_text("utf-8"))
         runs_here = (path.parent / manifest["engine"]["file"]).exists()
         judged = "engine" in manifest.get("gates", {"engine": None})
-        if manifest["target"] != "onnxruntime" and runs_here and not judged:
+        # What TensorRT-LLM serves is the checkpoint itself: there is no gate to pass.
+        if manifest["target"] not in {"onnxruntime", "tensorrt-llm"} and runs_here and not judged:
             found.append(name)
     return found
 

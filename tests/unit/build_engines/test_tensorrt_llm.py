@@ -26,7 +26,7 @@ from build_engines.shapes import resolve_shape
 from build_engines.stack import LLM_CAPABILITIES, DecoderShape, Stack, load_stack
 from build_engines.targets import get_target
 from triton_repo.runtime.session import check_files, read_manifest
-from triton_repo.writer import write_repository
+from triton_repo.writer import not_judged, write_repository
 
 SHAPE = RandomLlama(layers=2, hidden=256, ffn=512, heads=4, kv_heads=2, vocabulary=512, positions=256)
 ALGORITHMS = {"fp16": None, "fp8": "FP8", "nvfp4": "NVFP4", "int4-awq": "W4A16_AWQ"}
@@ -345,6 +345,7 @@ def test_the_repository_has_it_whatever_the_target_of_the_others(tmp_path: Path)
         config = (version.parent / "config.pbtxt").read_text()
         assert "KIND_CPU" in config
         assert "decoupled: true" in config
+        assert not_judged(tmp_path / "repository") == []
     changed = stack_of(tmp_path, precisions=["fp8"], slots=3, max_length=64)
     with pytest.raises(OnecardError, match="slots"):
         write_repository(changed, tmp_path / "build" / "engines", tmp_path / "repository")

@@ -221,6 +221,8 @@ def test_the_container_of_a_gpu_engine(repository: Path, target: str, library: s
     install = words[-1].split(" && ")[0]
     assert (f" {library}==1.2.3" in install) == bool(library)
     assert ("cuda-bindings" in install) == bool(library)
+    # TensorRT-LLM's image has a tokenizers of its own, which its Transformers needs.
+    assert ("tokenizers==" in install) == bool(library)
     # An engine that Triton's own backend runs needs nothing but the image.
     (repository / "m" / "1" / "model.py").unlink()
     assert not library or library not in docker_command(repository, ServerOptions())[-1]
