@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from build_engines.pipeline.decoder import DecoderBuild
 from build_engines.pipeline.encoder import EncoderBuild
+from build_engines.pipeline.engine import check_device
 from build_engines.pipeline.llm import LlmBuild
 from build_engines.pipeline.model import BuiltEngine, ModelBuild, Reporter
 from build_engines.plan import resolve_open
@@ -41,6 +42,7 @@ def build_stack(
     chosen = [get_target(name, portable=stack.portable) for name in names]
     for target in chosen:
         target.check()  # before hours of work, not after
+        check_device(target, stack.card.compute_capability)
     stack = resolve_open(stack)
     built: list[BuiltEngine] = []
     for name in models or list(stack.models):

@@ -22,6 +22,7 @@ from build_engines.cards import PORTABLE_FROM, capability_at_least
 from build_engines.errors import CompileError, GateError
 from build_engines.gates import GateReport
 from build_engines.manifest import MANIFEST, RECORD, digest_of, is_whole, recorded_inputs, write_manifest
+from build_engines.targets.gpu import gpu_compute_capability
 from triton_repo.runtime.gpu.cuda import DeviceInfo, find_device
 from triton_repo.runtime.session import EngineRefused
 from triton_repo.runtime.texts import EngineFailed
@@ -112,7 +113,7 @@ class EngineJob:
         try:
             report = self.judge(out)
         except (EngineRefused, EngineFailed) as error:
-            if self.device and self.device.compute_capability != self.manifest["compute_capability"]:
+            if self.manifest["portable"] and not self._on_own_card():
                 return None
             where = f" on the {self.device.name}" if self.device else ""
             raise CompileError(f"{self.name} does not open{where}: {error}") from None
@@ -125,6 +126,10 @@ class EngineJob:
             cause=f"the kernels of {self.target.name} on {where} compute something else",
             next_step="report it with the output of: build-engines inspect",
         )
+
+    def _on_own_card(self) -> bool:
+        capability = self.device.compute_capability if self.device else None
+        return bool(capability == self.manifest["compute_capability"])
 
     def _published(self) -> dict[str, Any] | None:
         """The inputs of the engine that is published, if they are these but for the device."""
@@ -160,6 +165,19 @@ def judging_device(manifest: Mapping[str, Any]) -> DeviceInfo | None:
     fits = manifest["compute_capability"] in {None, found.compute_capability}
     tried = manifest["portable"] and capability_at_least(found.compute_capability, PORTABLE_FROM)
     return found if fits or tried else None
+
+
+def check_device(target: Target, compute_capability: str) -> None:
+    """Raise CompileError where the stack's card is here and cannot be used: engines would stay unjudged."""
+    if target.name == "onnxruntime" or gpu_compute_capability() != compute_capability:
+        return
+    found = find_device()
+    if not isinstance(found, DeviceInfo):
+        raise CompileError(
+            f"the stack's card is in this machine, but engines of {target.name} cannot be judged on it",
+            cause=found.reason,
+            next_step="put that right and run the same command; finished stages are kept",
+        )
 
 
 @contextlib.contextmanager

@@ -16,17 +16,19 @@ import numpy as np
 import onnx
 import pytest
 from fake_gpu import FakeCudart
+from fake_onnxruntime import FakeSession
 from fake_tensorrt import VERSION, FakeTensorRT, write_engine
 from small_stack import write_lines, write_stack
 
 from build_engines.errors import CompileError, GateError
 from build_engines.graphs import fix_dimension
 from build_engines.pipeline import BuiltEngine, build_stack
+from build_engines.pipeline import engine as last_stage
 from build_engines.profiles import DecoderProfile
 from build_engines.random_model import RandomLlama, write_random_llm
 from build_engines.stack import Stack, load_stack
 from build_engines.targets.tensorrt import TensorRTTarget
-from triton_repo.runtime.gpu import cuda
+from triton_repo.runtime.gpu import cuda, onnxruntime
 
 LLAMA = RandomLlama(layers=2, hidden=64, ffn=96, heads=4, kv_heads=2, vocabulary=512, positions=256)
 GATES = {"min_mean_cosine": 0.99, "min_cosine": 0.99, "min_spearman": 0.9, "min_fp16_cosine": 0.99}
@@ -193,6 +195,26 @@ def test_an_engine_is_judged_on_the_gpu_that_is_here(
     assert machine.trts[0].runs > 0
 
 
+def test_engines_of_onnx_runtime_are_judged_too(
+    either: Stack, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are for no card by name: any GPU judges them, and one that does not open is an error."""
+    stack = dataclasses.replace(copied(either, tmp_path), targets=("onnxruntime-cuda",))
+    machine.plug_in(monkeypatch, "7.5")
+    with pytest.raises(CompileError, match="does not open on the Fake GPU 16 GB"):
+        build_stack(stack, Lines())  # the package for the CPU is what is installed here
+    assert not list(stack.build_dir.rglob("engine.onnx"))
+
+    def on_the_fake_device(path: Path, device: Any, **_: Any) -> FakeSession:
+        return FakeSession(path, device)
+
+    monkeypatch.setattr(onnxruntime, "open_session", on_the_fake_device)
+    engine, _ = built(stack)
+    assert engine.manifest["gates"]["engine"]["passed"] is True
+    assert engine.manifest["compute_capability"] is None
+    assert engine.manifest["judged_on"]["compute_capability"] == "7.5"
+
+
 def test_what_was_built_without_a_gpu_is_judged_on_the_first_machine_that_has_one(
     machine: Machine, embedder: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,6 +319,21 @@ def test_a_gpu_that_is_full_publishes_nothing(
     api.used_by_others = 0
     engine, _ = built(stack)
     assert engine.manifest["gates"]["engine"]["passed"] is True
+
+
+def test_the_stacks_card_that_cannot_be_used_is_known_before_the_work(
+    machine: Machine, embedder: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver has it, the CUDA runtime does not: without this its engines would be published unjudged."""
+    stack = copied(embedder, tmp_path)
+    monkeypatch.setattr(last_stage, "gpu_compute_capability", lambda: "12.0")
+    lines = Lines()
+    with pytest.raises(CompileError, match=r"cannot be judged on it\n  cause: .*the driver sees no GPU"):
+        build_stack(stack, lines)
+    assert lines.details == []
+    # Another card than the stack's is of no use here in any case.
+    monkeypatch.setattr(last_stage, "gpu_compute_capability", lambda: "8.9")
+    assert "engine" not in built(stack)[0].manifest["gates"]
 
 
 def test_the_record_names_the_device(
