@@ -27,7 +27,7 @@ class GpuEncoderEngine:
     """
 
     # A GPU is the better used the more it gets at once.
-    max_tokens = None
+    max_tokens: int | None = None
 
     def __init__(self, manifest: Mapping[str, Any], engine: Any, device: Device) -> None:
         """Takes the memory for the largest run. Raises EngineRefused or DeviceMemoryFull."""
@@ -52,6 +52,7 @@ class GpuEncoderEngine:
         }
         staged = {**self._inputs, **self._outputs}
         self._addresses = {name: buffer.array.address for name, buffer in staged.items()}
+        self._made: dict[tuple[int, int], dict[str, tuple[int, ...]]] = {}  # outputs' shapes by the inputs'
 
     def run(self, arrays: Arrays) -> dict[str, npt.NDArray[Any]]:
         """Outputs by name for int64 inputs [rows, width]. Raises EngineFailed, or CudaError as one."""
@@ -67,8 +68,10 @@ class GpuEncoderEngine:
     def close(self) -> None:
         """Give everything on the device back; a second time does nothing."""
         with self._lock:
-            self._engine.close()
-            self._device.close()
+            try:
+                self._engine.close()
+            finally:
+                self._device.close()
 
     def _run(self, arrays: Arrays) -> dict[str, npt.NDArray[Any]]:
         rows, width = arrays[_MASK].shape
@@ -82,9 +85,11 @@ class GpuEncoderEngine:
                 staged[rows:, 0] = 1  # a row that attends to nothing would divide by zero
             self._device.upload(buffer.array.address, staged)
         shapes = dict.fromkeys(self._inputs, shape)
+        if shape not in self._made:
+            self._made[shape] = self._context.output_shapes(shapes)
         self._context.enqueue(shapes, self._addresses)
         found = {}
-        for name, made in self._context.output_shapes(shapes).items():
+        for name, made in self._made[shape].items():
             found[name] = self._outputs[name].host(made)
             self._device.download(found[name], self._addresses[name])
         self._device.synchronize()

@@ -120,13 +120,15 @@ class TensorRTEngine:
         """Save the runtime cache, then free contexts, weights and activations; a second time does nothing."""
         if self._engine is None:
             return
-        self.device.synchronize()
-        self.save_cache()
-        for context in self._contexts:
-            context._close()
-        self._contexts.clear()
-        self._config = self.runtime_cache = self._engine = self._runtime = None
-        self._activations.close()
+        try:
+            self.device.synchronize()
+            self.save_cache()
+            for context in self._contexts:
+                context._close()
+        finally:
+            self._contexts.clear()
+            self._config = self.runtime_cache = self._engine = self._runtime = None
+            self._activations.close()
 
     def _fits(self, name: str, shape: Shape, profile: int) -> bool:
         low, _, high = self.tensors[name].ranges[profile]
