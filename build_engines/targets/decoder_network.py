@@ -91,7 +91,7 @@ def read_decoder(graph: Path, capacity: int) -> DecoderNetwork:
         )
     fix_dimension(model, "capacity", capacity)
     if caches:
-        _check_alignment(caches[0], graph.name)
+        check_alignment(caches[0], graph.name)
     _split_unevenly(model)
     return DecoderNetwork(
         model=model.SerializeToString(),
@@ -101,14 +101,14 @@ def read_decoder(graph: Path, capacity: int) -> DecoderNetwork:
     )
 
 
-def _check_alignment(cache: onnx.ValueInfoProto, graph: str) -> None:
+def check_alignment(cache: onnx.ValueInfoProto, graph: str) -> None:
     """Raise CompileError unless a tensor may begin at any row of the cache."""
     heads, capacity, head_dim = (size.dim_value for size in cache.type.tensor_type.shape.dim[1:])
     row = _HALF * heads * capacity * head_dim
     if row % _ALIGNMENT:
         raise CompileError(
             f"{graph}: a slot of {capacity} tokens takes {row} bytes of a cache",
-            cause=f"TensorRT wants tensors at multiples of {_ALIGNMENT} bytes, and slots lie side by side",
+            cause=f"a tensor on a GPU begins at a multiple of {_ALIGNMENT} bytes, and slots lie side by side",
             next_step="set max_length to a multiple of 8",
         )
 

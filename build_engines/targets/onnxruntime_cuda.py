@@ -94,9 +94,9 @@ def lower_decoder_for_cuda(model: onnx.ModelProto, capacity: int) -> onnx.ModelP
 
     The operator reads each row's last position. From the shape of input_ids ONNX Runtime would compute it on
     the host: two copies between host and GPU in every step, and no step could be a CUDA graph. So the graph
-    has one input more, `last_offset` (int32 [1]): tokens of this run, less one. For the same reason the length
-    of the longest row, which the operator wants to know on the host, is always said to be `capacity`; what is
-    read of a row is bounded by its own last position.
+    has one input more, `last_offset` (int32 [1]): tokens of this run, less one. For the same reason the
+    length of the longest row, which the operator wants to know on the host, is always said to be `capacity`;
+    what is read of a row is bounded by its own last position.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -134,10 +134,11 @@ def _write_decoder(graph: Path, engine: Path, capacity: int) -> onnx.ModelProto:
             cause="GroupQueryAttention computes in FP16 or BF16 there",
             next_step='add "fp16" to the model\'s precisions, or use the target "onnxruntime" for fp32',
         )
-    head_dim = next(v for v in model.graph.input if v.name == "past_key.0").type.tensor_type.shape.dim[3]
-    if head_dim.dim_value % _HEAD:
+    cache = next(value for value in model.graph.input if value.name == "past_key.0")
+    head_dim = cache.type.tensor_type.shape.dim[3].dim_value
+    if head_dim % _HEAD:
         raise CompileError(
-            f"{graph.name}: ONNX Runtime has no attention with a cache for heads of {head_dim.dim_value} elements",
+            f"{graph.name}: ONNX Runtime has no attention with a cache for heads of {head_dim} elements",
             cause=f"GroupQueryAttention takes multiples of {_HEAD}",
             next_step='use the target "tensorrt-rtx" for this model',
         )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from test_decoder_lowering import CAPACITY, FAMILIES, SIZES, VOCABULARY, checkpoint, tokens, typed_logits
+from test_decoder_lowering import CAPACITY, FAMILIES, SIZES, checkpoint, tokens, typed_logits
 
 from build_engines.errors import CompileError
 from build_engines.export.decoder import open_decoder, write_decoder
@@ -143,3 +143,9 @@ def test_the_package_for_gpus_is_asked_for_where_a_gpu_is(monkeypatch: pytest.Mo
     with pytest.raises(CompileError, match="computes on the CPU only") as caught:
         target.check()
     assert "pip install 'onnxruntime-gpu" in str(caught.value.next_step)
+
+
+def test_slots_that_no_tensor_may_begin_at_are_refused(half: Path, tmp_path: Path) -> None:
+    with pytest.raises(CompileError, match="a slot of 33 tokens takes 2112 bytes"):
+        compiled(half / "model.onnx", tmp_path / "out", DecoderProfile(slots=2, capacity=33, chunk=16))
+    assert not list((tmp_path / "out").iterdir())
