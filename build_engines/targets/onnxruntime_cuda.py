@@ -22,6 +22,7 @@ from build_engines.errors import CompileError
 from build_engines.graphs import fix_dimension, operator_counts, read_graph, save_graph
 from build_engines.profiles import DecoderProfile
 from build_engines.targets.decoder_lowering import GroupQueryLowering, finish_lowering
+from build_engines.targets.decoder_network import check_alignment
 from build_engines.targets.gpu import gpu_compute_capability
 from triton_repo.runtime.gpu.onnxruntime import LAST_OFFSET
 
@@ -143,6 +144,8 @@ def _write_decoder(graph: Path, engine: Path, capacity: int) -> onnx.ModelProto:
             next_step='use the target "tensorrt-rtx" for this model',
         )
     lowered = lower_decoder_for_cuda(model, capacity)
+    cache = next(value for value in lowered.graph.input if value.name == "past_key.0")
+    check_alignment(cache, graph.name)
     data = graph.with_name(f"{graph.name}.data")
     if data.is_file():
         link_or_copy(data, engine.with_name(f"{engine.name}.data"))
