@@ -9,15 +9,17 @@ import numpy as np
 
 from triton_repo.runtime.session import onnx_session
 
+Before = Callable[[int], None]
+
 
 class FakeSession:
     """Runs a graph with the CPU's kernels at addresses of the fake device, when the stream gets there.
 
-    Every binding must be complete and lie in the device's memory. `graphs` collects the CUDA graph ids that runs
-    were started under. `before(graph)` is called as each run starts, and may raise.
+    Every binding must be complete and lie in the device's memory. `graphs` collects the CUDA graph ids that
+    runs were started under. `before(graph)` is called as each run starts, and may raise.
     """
 
-    def __init__(self, model: Any, device: Any, before: Callable[[int], None] = lambda graph: None) -> None:
+    def __init__(self, model: Any, device: Any, before: Before = lambda graph: None) -> None:
         self._session = onnx_session(model, 1)
         self._device = device
         self._api = device._checked.api
@@ -31,7 +33,7 @@ class FakeSession:
         return self._session.get_outputs()
 
     def io_binding(self) -> FakeBinding:
-        return FakeBinding(self._session.io_binding(), self._api)
+        return FakeBinding(self, self._session.io_binding(), self._api)
 
     def run_with_iobinding(self, binding: FakeBinding, options: Any) -> None:
         graph = int(options.get_run_config_entry("gpu_graph_id"))
@@ -46,7 +48,8 @@ class FakeSession:
 
 
 class FakeBinding:
-    def __init__(self, real: Any, api: Any) -> None:
+    def __init__(self, session: FakeSession, real: Any, api: Any) -> None:
+        self.session = session  # a real one keeps its session too
         self.real = real
         self.bound: dict[str, tuple[int, int]] = {}
         self._api = api

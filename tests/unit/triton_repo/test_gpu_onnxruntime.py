@@ -6,6 +6,7 @@ The CUDA runtime is emulated (fake_gpu), and ONNX Runtime's CPU session computes
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from triton_repo.runtime.texts import EngineFailed
 
 VOCABULARY, CAPACITY = 120, 96
 SERVING = small_serving(VOCABULARY, capacity=CAPACITY)
-# Logits are about 2. Both sides have the same FP16 weights; one of them rounds its cache and sums to FP16 too.
+# Logits are about 2. Both sides have the same FP16 weights; one of them rounds its cache and sums too.
 TOLERANCE = 0.05
 Before = Callable[[int], None]
 
@@ -50,7 +51,10 @@ class Gpu:
         monkeypatch.setattr(onnxruntime, "open_session", self._open)
 
     def _open(self, model: Path, device: Device, **settings: bool) -> FakeSession:
-        session = FakeSession(model, device, lambda graph: self.before(graph))
+        def before(graph: int) -> None:
+            self.before(graph)  # the one of that moment
+
+        session = FakeSession(model, device, before)
         self.sessions.append((session, settings))
         return session
 
@@ -100,7 +104,7 @@ def equal(found: Any, expected: Any) -> None:
 
 
 def test_an_llm_answers_as_on_the_cpu(gpu: Gpu, llm: Path, cpu: DecoderEngine) -> None:
-    """Prompts in chunks, rows of different lengths side by side, gaps that make rows change places, copies."""
+    """Prompts in chunks, rows of different lengths, gaps that make rows change places, copies."""
     engine = engines.open_decoder_engine(llm)
     prompt = tokens(75, 0)
     equal(engine.logits(prompt, slot=1), cpu.logits(prompt, slot=1))
@@ -193,6 +197,15 @@ def test_steps_that_were_recorded_wrongly_are_noticed(
     assert "decoding at" in caplog.text
     assert [settings["graphs"] for _, settings in gpu.sessions] == [True, False]
     engine.close()
+    assert not gpu.api.leaks()  # of both
+
+
+def test_a_closed_engine_keeps_no_session(gpu: Gpu, llm: Path) -> None:
+    """It works on the device's stream, so it has to go first."""
+    engine = engines.open_decoder_engine(llm)
+    session = weakref.ref(gpu.sessions.pop()[0])
+    engine.close()
+    assert session() is None
 
 
 def test_a_full_gpu_is_said_when_the_engine_is_opened(gpu: Gpu, llm: Path) -> None:
@@ -212,7 +225,7 @@ def test_a_run_that_fails_is_the_engines_failure(gpu: Gpu, llm: Path, cpu: Decod
         raise RuntimeError("CUBLAS failure 13\nstack")
 
     gpu.before = before
-    with pytest.raises(EngineFailed, match="ONNX Runtime: the run failed: CUBLAS failure 13$"):
+    with pytest.raises(EngineFailed, match=r"ONNX Runtime: the run failed: CUBLAS failure 13$"):
         engine.prefill(0, [4, 5], 0)
     gpu.before = lambda graph: None
     equal(engine.prefill(0, [4, 5], 0), cpu.prefill(0, [4, 5], 0))

@@ -332,8 +332,8 @@ def _explained(device: Device) -> Iterator[None]:
         free, total = device.memory()
         raise DeviceMemoryFull(
             f"the GPU is full: ONNX Runtime needs more than the {free / MIB:,.0f} of {total / MIB:,.0f} MiB "
-            "that are free; other models or programs hold the rest; see `nvidia-smi`, stop what is not needed, "
-            f"or make slots, max_length or max_batch smaller and build again ({_first_line(error)})",
+            "that are free; other models or programs hold the rest; see `nvidia-smi`, stop what is not "
+            f"needed, or make slots, max_length or max_batch smaller and build again ({_first_line(error)})",
             "cudaErrorMemoryAllocation",
         ) from error
 
