@@ -60,7 +60,7 @@ class Gpu:
         self.engine = self.open()
 
     def open(self, **changes: Any) -> GpuDecoder:
-        manifest = MANIFEST | {"serving": serving(VOCABULARY, **changes)}
+        manifest = MANIFEST | {"serving": serving(VOCABULARY) | changes}
         return gpu_engine(self.folder, manifest, self.api, self.trt, cache=123)
 
     def leaks(self) -> list[str]:
@@ -211,6 +211,7 @@ def test_what_lies_outside_a_slot_never_reaches_the_gpu(gpu: Gpu, call: Callable
     [
         ({"layers": 3}, "its 12 tensors are not those of an LLM of 3 layers"),
         ({"capacity": 64}, r"the manifest says \(2, 64, 16\)"),
+        ({"vocabulary": 7}, "tokens, the manifest says float32 of 7"),
         ({"slots": 5}, "4 slots and chunks of 32 tokens, the manifest says 5 and 32"),
         ({"chunk": 64}, "the manifest says 4 and 64"),
     ],

@@ -189,6 +189,10 @@ def _mismatch(engine: TensorRTEngine, serving: Mapping[str, Any]) -> str | None:
     kinds = {(tensors[name].shape[1:], tensors[name].dtype) for name in caches}
     if kinds != {(row, tensors["past_key.0"].dtype)}:
         return f"a row of its cache is {sorted(map(str, kinds))}, the manifest says {row}"
+    logits = tensors["logits"]
+    if (logits.shape[-1], logits.dtype) != (serving["vocabulary"], np.dtype(np.float32)):
+        found = f"{logits.dtype} of {logits.shape[-1]} tokens"
+        return f"its logits are {found}, the manifest says float32 of {serving['vocabulary']}"
     if engine.profiles <= _PREFILL:
         return "it has one optimization profile, and an LLM needs two"
     slots = tensors["past_lengths"].ranges[_DECODE][2][0]
