@@ -27,10 +27,10 @@ HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 64, 96, 4, 2, 16, 2
 SLOTS, CAPACITY, CHUNK = 4, 92, 32
 
 
-def serving(vocabulary: int) -> dict[str, Any]:
+def serving(vocabulary: int, **changes: int) -> dict[str, Any]:
     sizes = {"layers": LAYERS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "vocabulary": vocabulary}
     bounds = {"slots": SLOTS, "capacity": CAPACITY, "chunk": CHUNK}
-    return {"task": "generate", "eos_ids": [2], "bos_id": 1, **sizes, **bounds}
+    return {"task": "generate", "eos_ids": [2], "bos_id": 1, **sizes, **bounds} | changes
 
 
 def write_model(folder: Path, vocabulary: int) -> None:
