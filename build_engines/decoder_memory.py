@@ -63,8 +63,8 @@ def llm_memory(model: Model, shape: DecoderShape, precision: Precision, context:
 
 
 def llm_cache_tokens(profile: DecoderProfile) -> int:
-    """Tokens that TensorRT-LLM's cache must hold for all slots to be full: whole pages of each."""
-    return profile.slots * -(-profile.capacity // _PAGE) * _PAGE
+    """Tokens of a cache in which all slots can be full: whole pages, and one that pads CUDA graphs."""
+    return (profile.slots * -(-profile.capacity // _PAGE) + 1) * _PAGE
 
 
 def _llm_tensor_bytes(shape: DecoderShape, precision: Precision) -> int:

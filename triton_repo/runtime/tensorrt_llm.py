@@ -27,6 +27,7 @@ from triton_repo.runtime.texts import BadRequest, EngineFailed
 
 # The library takes the smaller of this share of what is free and max_tokens, which is what the plan counted.
 _FREE_SHARE = 0.9
+_PAGE = 32
 _CLOSING_S = 10.0
 # What TensorRT-LLM 1.2 takes and ignores, or answers with numbers of another meaning. Refused, because an
 # answer that looks as asked for and is not would be worse.
@@ -75,7 +76,8 @@ class LlmEngine:
                 max_batch_size=serving["slots"],
                 max_input_len=serving["capacity"],
                 max_seq_len=serving["capacity"],
-                max_num_tokens=serving["chunk"] + serving["slots"],
+                # A part of a prompt is whole pages of the cache: room for one, beside all who are running.
+                max_num_tokens=max(serving["chunk"], _PAGE) + serving["slots"],
                 enable_chunked_prefill=True,
                 kv_cache_config=cache,
             )
@@ -93,7 +95,8 @@ class LlmEngine:
     def generate(self, request: Request, prompt: list[int], limit: int) -> Any:
         """The library's result, to be iterated over in the running event loop."""
         wanted = request.params
-        drawn = {"temperature": wanted.temperature, "top_k": wanted.top_k, "top_p": wanted.top_p}
+        # None of the three is greedy; a temperature alone was, to earlier versions.
+        drawn = {"temperature": wanted.temperature, "top_p": wanted.top_p, "top_k": wanted.top_k or None}
         params = self._params(
             max_tokens=limit,
             end_id=self._end,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,13 @@ def test_a_card_must_have_kernels_for_the_precision(tmp_path: Path) -> None:
         stack_of(tmp_path, "t4")
 
 
+def test_the_documentation_has_the_same_cards() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "targets.md").read_text("utf-8")
+    for precision, supported in LLM_CAPABILITIES.items():
+        (row,) = re.findall(rf"^\| `{precision}` \|.*\| (.*) \|$", page, re.MULTILINE)
+        assert tuple(row.split(", ")) == supported
+
+
 # --- the plan --------------------------------------------------------------------------------------------
 
 
@@ -184,7 +192,7 @@ def test_the_arithmetic_is_what_a_checkpoint_weighs(tmp_path: Path, precision: s
     # Beside tensors a file has a header, and the small scales are not counted.
     assert computed.tensors == pytest.approx(read.tensors, rel=0.02)
     assert computed.tensors < read.tensors
-    assert read.cache == 2 * 128 * cache_bytes_per_token(shape)
+    assert read.cache == (2 * 128 + 32) * cache_bytes_per_token(shape)
     assert read.context == 7
 
 
@@ -210,7 +218,7 @@ def test_an_open_model_gets_the_slots_that_fit(tmp_path: Path) -> None:
     plan = plan_stack(stack_of(tmp_path, precisions=["fp8"], shape=SIZES))
     assert plan.fits
     assert "the plan chose" in plan.chosen[0]
-    assert llm_cache_tokens(DecoderProfile(slots=3, capacity=33, chunk=16)) == 3 * 64
+    assert llm_cache_tokens(DecoderProfile(slots=3, capacity=33, chunk=16)) == 3 * 64 + 32
 
 
 def test_an_fp8_cache_takes_half(tmp_path: Path) -> None:
@@ -301,7 +309,7 @@ def test_the_checkpoint_is_linked_and_recorded(tmp_path: Path) -> None:
     )
     serving = manifest["serving"]
     assert (serving["slots"], serving["capacity"], serving["chunk"]) == (3, 100, 100)
-    assert serving["cache_tokens"] == 3 * 128
+    assert serving["cache_tokens"] == 3 * 128 + 32
     assert serving["chat"]["template"]
     assert serving["eos_ids"]
     memory = plan_stack(stack).engines[0].memory

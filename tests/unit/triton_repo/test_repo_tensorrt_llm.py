@@ -153,8 +153,10 @@ def test_a_stop_string_ends_the_library_s_work_too(serve: Callable[..., Any], li
 def test_sampling_is_passed_on_or_left_out(serve: Callable[..., Any], library: Any) -> None:
     service = serve()
     service.generate({"text": "good", "top_k": 5})
+    service.generate({"text": "good", "temperature": 1.0})
     answers = service.generate({"text": TEXTS[2], "temperature": 0.7, "top_k": 5, "top_p": 0.9, "n": 3})
-    greedy, *drawn = library.LLM.opened[0].params
+    greedy, plain, *drawn = library.LLM.opened[0].params
+    assert (plain.temperature, plain.top_k, plain.top_p) == (1.0, None, 1.0)
     assert (greedy.temperature, greedy.top_k, greedy.top_p) == (None, None, None)
     assert len(answers) == len(drawn) == 3
     assert {(params.temperature, params.top_k, params.top_p) for params in drawn} == {(0.7, 5, 0.9)}
