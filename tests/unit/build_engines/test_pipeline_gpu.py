@@ -249,6 +249,9 @@ def test_what_was_built_without_a_gpu_is_judged_on_the_first_machine_that_has_on
     engine, lines = built(stack)
     assert machine.compiled == 2
     assert "engine" not in engine.manifest["gates"]
+    machine.plug_in(monkeypatch).api.name = "Another GPU"
+    engine, lines = built(stack)
+    assert engine.manifest["gates"]["engine"]["passed"] is True
 
 
 def test_an_engine_that_answers_otherwise_is_not_published(
