@@ -70,7 +70,7 @@ class FakeCudart:
     """`FakeCudart(total_bytes=...)` is passed as `Device(api=...)`.
 
     `fail("cudaMalloc", nth=3)` lets the third call from now return an error. `used_by_others` bytes are taken
-    from what is free. `calls` counts every call by name.
+    from what is free. `calls` counts every call by name, `history` has them in order.
     """
 
     cudaError_t = real.cudaError_t
@@ -96,6 +96,7 @@ class FakeCudart:
         self.events: dict[int, Event] = {}
         self.misuses: list[str] = []
         self.calls: dict[str, int] = {}
+        self.history: list[str] = []
         self._failing: dict[str, list[tuple[int, Any]]] = {}
         self._next = 0x1000
         self._thread = threading.local()
@@ -259,7 +260,8 @@ class FakeCudart:
         return _OK, real.cudaStream_t(self._handle(self.streams, Stream(self._current())))
 
     def cudaStreamDestroy(self, stream: Any) -> Any:
-        self._finish(self.stream(stream))
+        if self.stream(stream).work:
+            self.misuse("a stream is destroyed with work on it")
         self.stream(stream).destroyed = True
         return (_OK,)
 
@@ -341,6 +343,7 @@ class FakeCudart:
     def _watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
             self.calls[name] = self.calls.get(name, 0) + 1
+            self.history.append(name)
             for due, code in self._failing.get(name, []):
                 if due == self.calls[name]:
                     return code, *[None] * (2 if name == "cudaMemGetInfo" else 1)

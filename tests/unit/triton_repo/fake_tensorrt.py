@@ -327,6 +327,7 @@ class IExecutionContext:
         if not fits:
             text = f"Parameter check failed: {name} {list(shape)} is not in [{low}, {high}]"
             self._engine._logger.log(_Severity.ERROR, text)
+            self._shapes.pop(name, None)  # nothing says that the shape before it is kept
             return False
         self._shapes[name] = tuple(shape)
         return True

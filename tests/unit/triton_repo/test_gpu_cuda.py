@@ -141,15 +141,21 @@ def test_freed_once_newest_first_and_then_never_again(api: FakeCudart) -> None:
     device = Device(api=api)
     first, second = (device.array((4,), np.int8, "buffers") for _ in range(2))
     device.pinned((4,), np.int8)
-    device.event().record()
     first.close()
     first.close()
     with pytest.raises(Misuse):
         device.copy(second.address, first.address, 4)
+    api.history.clear()
+    device.event().record()
     device.close()
     device.close()
     assert api.leaks() == []
-    assert api.calls["cudaFree"] == 2
+    assert api.history[3:] == [
+        "cudaEventDestroy",
+        "cudaFreeHost",
+        "cudaFree",
+        "cudaStreamDestroy",
+    ]
     api.misuses.clear()
 
 
@@ -220,6 +226,7 @@ def test_another_thread_uses_the_right_device(api: FakeCudart) -> None:
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
+    assert [stream.device for stream in api.streams.values()] == [1]
     device.close()
     assert failed == []
     assert api.leaks() == []

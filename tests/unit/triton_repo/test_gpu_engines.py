@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import re
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from fake_tensorrt import FakeTensorRT, emulate, write_engine
 from onnx import TensorProto, helper
 from repo_fakes import HandEngine, seal
 
+from triton_repo import runtime
 from triton_repo.runtime import session
 from triton_repo.runtime.encode import Encoder
 from triton_repo.runtime.engines import open_decoder_engine, open_encoder_engine
@@ -133,6 +136,7 @@ def test_requests_are_answered_as_by_hand(
             assert {name: value.tolist() for name, value in mine.items()} == {
                 name: value.tolist() for name, value in theirs.items()
             }
+    assert [stream.device for stream in api.streams.values()] == [1]
     encoder.close()
     encoder.close()
     trt.engines.clear()
@@ -251,11 +255,12 @@ def test_the_runtime_cache_lies_by_engine_and_gpu(
 ) -> None:
     emulate(monkeypatch)
     made = folder()
-    open_encoder_engine(made).close()
+    engine = open_encoder_engine(made)
     digest = json.loads((made / "manifest.json").read_text())["engine"]["sha256"]
     (kept,) = (tmp_path / "cache").iterdir()
     assert kept == cache_path(digest, "Fake GPU 16 GB")
     assert kept.name == f"{digest[:16]}-fake-gpu-16-gb.cache"
+    engine.close()
     monkeypatch.delenv("ONECARD_CACHE_DIR")
     monkeypatch.setenv("HOME", "/home/someone")
     assert cache_path("ab" * 32, "A") == Path("/home/someone/.cache/onecard/abababababababab-a.cache")
@@ -308,7 +313,7 @@ def test_another_version_of_the_library(monkeypatch: pytest.MonkeyPatch, folder:
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, folder: Callable[..., Path]) -> None:
     made = folder()
     api, _ = emulate(monkeypatch)
-    monkeypatch.setitem(__import__("sys").modules, "tensorrt_rtx", None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(EngineRefused, match="pip install tensorrt-rtx"):
         open_encoder_engine(made)
     api.devices = 0
@@ -342,6 +347,13 @@ def test_inputs_that_are_not_the_manifest_s(
         engine = TensorRTEngine(made / "engine.trt", trt, device)
         with pytest.raises(EngineRefused, match="the manifest says attention_mask, input_ids"):
             GpuEncoderEngine(manifest, engine, device)
+
+
+def test_the_code_for_gpus_is_part_of_the_runtime_s_fingerprint(tmp_path: Path) -> None:
+    copied = shutil.copytree(Path(runtime.__file__).parent, tmp_path / "runtime")
+    assert runtime.fingerprint(copied) == runtime.fingerprint()
+    (copied / "gpu" / "cuda.py").write_text("")
+    assert runtime.fingerprint(copied) != runtime.fingerprint()
 
 
 def test_the_cpu_is_opened_as_before(engine_folder: Callable[..., Path], tmp_path: Path) -> None:

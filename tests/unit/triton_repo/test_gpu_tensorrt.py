@@ -20,6 +20,7 @@ from onnx import TensorProto, helper
 from triton_repo.runtime.gpu.cuda import CudaError, Device, DeviceMemoryFull
 from triton_repo.runtime.gpu.graph_cache import GraphCache
 from triton_repo.runtime.gpu.tensorrt import ExecutionContext, TensorRTEngine
+from triton_repo.runtime.gpu.tensorrt_callbacks import shared_logger
 from triton_repo.runtime.session import EngineRefused
 from triton_repo.runtime.texts import EngineFailed
 
@@ -287,6 +288,15 @@ def test_an_engine_that_cannot_be_loaded(trt: FakeTensorRT, device: Device, path
         TensorRTEngine(path, trt, device)
 
 
+def test_who_listens_to_the_library_goes_on_listening(trt: FakeTensorRT, device: Device, path: Path) -> None:
+    heard: list[str] = []
+    logger = shared_logger(trt)
+    logger.sink = lambda _, message: heard.append(message)
+    TensorRTEngine(path, trt, device).close()
+    logger.log(trt.ILogger.Severity.ERROR, "later")
+    assert heard == ["later"]
+
+
 def test_tensor_types_that_are_not_served(trt: FakeTensorRT, device: Device, tmp_path: Path) -> None:
     values = [helper.make_tensor_value_info(name, TensorProto.BFLOAT16, ["batch"]) for name in "xy"]
     made = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", values[:1], values[1:])
@@ -305,8 +315,10 @@ def test_memory_that_is_too_small_for_weights_or_activations(
         with pytest.raises(DeviceMemoryFull, match="for weights; the plan promised 1 MiB"):
             TensorRTEngine(path, trt, device)
         api.used_by_others = api.total_bytes - size - 8191
-        with pytest.raises(DeviceMemoryFull, match="for activations"):
+        with pytest.raises(DeviceMemoryFull, match="for activations") as full:
             TensorRTEngine(path, trt, device)
+        trt.engines.clear()
+        assert api.device_bytes == 0, f"as long as {full.value!r} is looked at, too"
 
 
 def test_a_file_that_cannot_be_read_to_its_end(
