@@ -18,7 +18,7 @@ from build_engines.profiles import DecoderProfile, decoder_profile
 from build_engines.shapes import read_decoder_shape
 from build_engines.stack import Model
 from build_engines.targets.decoder_network import DecoderNetwork, read_decoder
-from build_engines.targets.engine_file import check_engine
+from build_engines.targets.engine_file import check_engine, read_header
 from build_engines.targets.tensorrt import TensorRTTarget
 
 pytest.importorskip("tensorrt_rtx", reason="the TensorRT-RTX builder is not installed")
@@ -143,6 +143,22 @@ def test_the_engine_takes_what_the_plan_says(
     assert abs(memory.weights - stored) <= max(0.01 * stored, 1 << 20), (memory.weights, stored)
     measured = found["activation_bytes"]
     assert measured <= memory.activations <= 1.2 * measured + (10 << 20), (memory.activations, measured)
+
+
+def test_a_portable_engine_takes_what_one_for_a_single_card_does(made: Made, tmp_path: Path) -> None:
+    """The caches in place and the fused attention are there for every card of the default set."""
+    graph, profile = made("small", "int8-weights"), DecoderProfile(slots=3, capacity=64, chunk=16)
+    single = _compile(graph, tmp_path, profile)
+    size = (tmp_path / "engine.trt").stat().st_size
+    target = TensorRTTarget("tensorrt-rtx", portable=True)
+    found = target.compile(
+        graph, tmp_path, profile=profile, compute_capability="9.0", progress=lambda *_: None
+    )
+    same = ("layers", "attention", "profile_activation_bytes", "warnings")
+    assert {name: found[name] for name in same} == {name: single[name] for name in same}
+    header = read_header(tmp_path / "engine.trt")
+    assert abs(header.size - size) < 0.02 * size
+    assert header.compute_capabilities[:4] == ("8.0", "8.6", "8.9", "12.0")
 
 
 def test_equal_heads_are_split_so_that_no_weight_is_widened(made: Made, tmp_path: Path) -> None:
