@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from build_engines.gpu.results import Clock, Failed, Row, Skipped
+from build_engines.gpu.results import Clock, Row, Skipped
 from build_engines.gpu.settings import Run
 from build_engines.manifest import StageRun
 
@@ -88,7 +88,7 @@ def build_one(path: Path, build_dir: Path, wanted: tuple[str, str, str]) -> dict
     started = time.monotonic()
     built = build_stack(replace(stack, models={name: model}), _Quiet(), targets=[target])
     if not built:
-        raise Failed(f"the pipeline builds no {precision} engine for {target}")
+        raise Skipped(f"{target} has no {precision}")
     manifest = built[0].manifest
     size = (built[0].folder / manifest["engine"]["file"]).stat().st_size
     notes = [f"{size / 2**20:,.0f} MiB"]

@@ -62,8 +62,8 @@ def _measure(run: Run, name: str, targets: Sequence[str], clock: Clock) -> None:
                     if not _timed(run, name, contender, shape):
                         racing.remove(contender)
     finally:
-        for side in (TORCH, *targets):
-            run.drop(side)
+        for target in targets:
+            run.drop(target)  # what it holds of the card is the next model's
     for contender in racing:
         _report(run, name, contender)
 

@@ -174,6 +174,8 @@ def write_encoder(folder: Path, task: str, size: EncoderSize) -> None:
         num_attention_heads=size.heads,
         intermediate_size=size.ffn,
         max_position_embeddings=size.positions,
+        # So that Linears keep the size of what they read, as those of trained models do.
+        initializer_range=size.hidden**-0.5,
         id2label=dict(enumerate(labels)) or None,
         label2id={label: index for index, label in enumerate(labels)} or None,
     )

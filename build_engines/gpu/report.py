@@ -164,8 +164,13 @@ def _builds(rows: Sequence[Row]) -> Table:
 def _missing(rows: Iterable[Row]) -> Table:
     headings = ("part", "model", "contender", "what", "", "why")
     table = _table("Not measured", [(heading, False) for heading in headings])
+    # What is missing is missing for all cases of a contender: one line.
+    together: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
-        table.add_row(row.part, row.model, row.contender, row.case, row.status, row.reason)
+        key = (row.part, row.model, row.contender, row.status, row.reason)
+        together.setdefault(key, []).append(row.case)
+    for (part, model, contender, status, reason), cases in together.items():
+        table.add_row(part, model, contender, ", ".join(cases), status, reason)
     return table
 
 

@@ -6,9 +6,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from build_engines.errors import OnecardError
+from triton_repo.runtime.session import EngineRefused
+from triton_repo.runtime.texts import EngineFailed
 
 Status = Literal["measured", "failed", "skipped"]
 Part = Literal["machine", "ceilings", "build", "encoders", "decoders", "memory", "served"]
@@ -109,11 +112,11 @@ def said(error: BaseException) -> str:
     """An exception as one line: its class where its text alone says too little, our errors with the cause."""
     if isinstance(error, OnecardError):
         text = error.message + (f" (cause: {error.cause})" if error.cause else "")
-    elif isinstance(error, Failed | Skipped):
+    elif isinstance(error, Failed | Skipped | EngineRefused | EngineFailed):
         text = str(error)
     else:
         text = f"{type(error).__name__}: {error}"
-    line = " ".join(text.split())
+    line = " ".join(text.replace(f"{Path.cwd()}/", "").split())
     return line if len(line) <= _LONGEST_REASON else f"{line[: _LONGEST_REASON - 1]}…"
 
 

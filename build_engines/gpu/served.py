@@ -162,7 +162,7 @@ def _load(
     from client.bench.workload import choose_pool, unit_name, units
     from client.client import Client
 
-    plan = Plan(seconds=seconds, warm_up=0.5, minimum=20, pool=256, evaluated=0, rates=())
+    plan = Plan(seconds=seconds, warm_up=min(0.5, seconds / 4), minimum=20, pool=256, evaluated=0, rates=())
     rows = []
     (model,) = read_summary(summary, (name,))
     pool = choose_pool(model.items, plan.pool)
@@ -216,7 +216,9 @@ def _stream(
 
         async def load(streams: int, payloads: Any = payloads) -> Any:
             async with Streamer(address) as streamer:
-                return await streamer.closed_loop(payloads, concurrency=streams, warm_up=0.5, seconds=seconds)
+                return await streamer.closed_loop(
+                    payloads, concurrency=streams, warm_up=seconds / 4, seconds=seconds
+                )
 
         for streams in [count for count in _STREAMS if count <= model.slots]:
             point = asyncio.run(load(streams))

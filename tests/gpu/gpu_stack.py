@@ -32,11 +32,11 @@ SIZES = Sizes(
 class SmallStack:
     """`folder(model, precision, target)` is the engine's folder; engines are built when first asked for."""
 
-    def __init__(self, folder: Path, target: str, card: Card, stand_in: bool) -> None:
-        write_models(folder, SIZES)
+    def __init__(self, folder: Path, target: str, card: Card, stand_in: bool, sizes: Sizes = SIZES) -> None:
+        write_models(folder, sizes)
         capability = card.compute_capability
         portable = target == "tensorrt-rtx" and capability not in RTX_COMPUTE_CAPABILITIES
-        path = write_stack_file(folder, SIZES, ["onnxruntime", target], capability, portable)
+        path = write_stack_file(folder, sizes, sorted({"onnxruntime", target}), capability, portable)
         self.target, self.stand_in = target, stand_in
         self.stack: Stack = load_stack(path, build_dir=folder / "build")
 

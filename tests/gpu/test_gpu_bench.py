@@ -1,4 +1,4 @@
-"""The parts of bench-gpu that talk to a GPU by themselves: runs without copies, the ballast, one small run."""
+"""What of bench-gpu talks to a GPU by itself: runs without copies, the ballast, one small run."""
 
 from __future__ import annotations
 

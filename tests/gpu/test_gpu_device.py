@@ -1,4 +1,4 @@
-"""The door to CUDA on a real device: memory, copies, pinned arrays, events, graphs, and what being full says."""
+"""The door to CUDA on a real device: memory, copies, pinned arrays, events, graphs, a full card."""
 
 from __future__ import annotations
 

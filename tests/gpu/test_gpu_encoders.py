@@ -1,4 +1,4 @@
-"""Small encoders on the GPU answer as the same graphs do on the CPU, at every shape, and give all memory back."""
+"""Small encoders on the GPU answer as the same graphs do on the CPU, and give all memory back."""
 
 from __future__ import annotations
 

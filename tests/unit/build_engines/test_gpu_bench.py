@@ -1,0 +1,349 @@
+"""bench-gpu as it runs on a GPU, here on the CPU with small models and the CPU's engines; and its report."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from build_engines.cli import main
+from build_engines.errors import ArtifactError
+from build_engines.gpu import command, encoders, machine
+from build_engines.gpu.building import build_engine
+from build_engines.gpu.ceilings import SMALL, Ceilings
+from build_engines.gpu.command import run_bench
+from build_engines.gpu.decoders import parameters
+from build_engines.gpu.memory import measure_memory
+from build_engines.gpu.models import EncoderSize, Sizes, one_billion
+from build_engines.gpu.report import document, render, write_files
+from build_engines.gpu.results import Clock, Results, Row
+from build_engines.gpu.settings import Run, Settings
+from build_engines.random_model import RandomLlama
+from build_engines.stack import load_stack
+
+ROOT = Path(__file__).parents[3]
+SIZES = Sizes(
+    encoder=EncoderSize(layers=2, hidden=64, heads=4, ffn=128, vocabulary=2000, positions=64),
+    llm=RandomLlama(layers=2, hidden=64, ffn=128, heads=4, kv_heads=2, vocabulary=1024, positions=128),
+    shapes=((1, 8), (2, 16)),
+    encoder_precisions=("fp16",),
+    llm_precisions=("fp16",),
+    slots=2,
+    capacity=48,
+    chunk=16,
+    prompt=24,
+    new=4,
+    batches=(1, 2),
+)
+GPU = machine.Card(
+    name="NVIDIA Test",
+    compute_capability="9.0",
+    total_bytes=24 << 30,
+    bus="0000:01:00.0",
+    driver="580.1",
+    driver_cuda="13.0",
+    processors=132,
+    clock_mhz=1980,
+    l2_bytes=60 << 20,
+)
+
+
+def settings(folder: Path) -> Settings:
+    return Settings(
+        folder=folder,
+        minutes=3,
+        device="cpu",
+        targets=("onnxruntime", "tensorrt"),
+        sizes=SIZES,
+        ceilings=SMALL,
+        block=0.01,
+        rounds=1,
+        compiled=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, Results]:
+    """A run of one encoder and the LLM; Triton is in tests/serving."""
+    chosen = settings(tmp_path_factory.mktemp("bench"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(
+            "OMP_NUM_THREADS", "1"
+        )  # threads that spin for one another take seconds on a busy machine
+        patch.setattr(encoders, "ENCODERS", {"reranker": "rerank"})
+        patch.setattr(command, "measure_served", lambda run, targets, clock: None)
+        return chosen, run_bench(chosen, lambda text: None)
+
+
+@pytest.fixture
+def again(small: tuple[Settings, Results]) -> Iterator[Run]:
+    """Another run over what that one built."""
+    folder = small[0].folder.absolute()
+    with ExitStack() as sides:
+        yield Run(
+            settings=small[0],
+            results=Results(lambda text: None),
+            clock=Clock(60),
+            card=None,
+            sides=sides,
+            stack=load_stack(folder / "stack.toml", build_dir=folder / "build"),
+        )
+
+
+def test_every_part_is_measured_and_what_is_missing_is_named(small: tuple[Settings, Results]) -> None:
+    _, results = small
+    assert not [row for row in results.rows if row.status == "failed"]
+    measured = {(row.part, row.case, row.contender, row.way) for row in results.measured()}
+    for name in ("copy", "fp16 product", "int8 product"):
+        assert ("ceilings", name, "torch", "") in measured
+    for shape in ("1 x 8", "2 x 16"):
+        assert ("encoders", shape, "onnxruntime fp16", "host") in measured
+        assert ("encoders", shape, "torch fp16", "device") in measured
+    for contender in ("torch fp16", "onnxruntime fp16"):
+        for case in ("first token", "prompt of 24", "decode, 1 at once", "decode, 2 at once"):
+            assert ("decoders", case, contender, "host") in measured
+    skipped = {(row.part, row.contender): row.reason for row in results.rows if row.status == "skipped"}
+    assert "tensorrt" in skipped["machine", "tensorrt"]
+    assert skipped["encoders", "onnxruntime fp16"] == "this engine runs from host memory only"
+
+
+def test_figures_have_their_limit_and_the_number_of_runs(small: tuple[Settings, Results]) -> None:
+    _, results = small
+    figures = [
+        row for row in results.measured() if row.part in {"encoders", "decoders"} and row.case != "open"
+    ]
+    assert all(row.limit and row.value and row.runs >= 4 and row.spread for row in figures)
+    assert {row.model for row in figures} == {"reranker", "assistant"}
+
+
+def test_the_files_hold_everything(small: tuple[Settings, Results]) -> None:
+    chosen, results = small
+    found = json.loads((chosen.folder / "bench.json").read_text("utf-8"))
+    assert len(found["rows"]) == len(results.rows)
+    assert found["packages"]["torch"]
+    text = (chosen.folder / "bench.txt").read_text("utf-8")
+    assert "Not measured" in text
+    assert "decode, 2 at once" in text
+
+
+def test_another_run_keeps_the_engines(again: Run) -> None:
+    folder = build_engine(again, again.clock, "reranker", "fp16", "onnxruntime")
+    assert folder is not None
+    (row,) = again.results.rows
+    assert "kept from the run before" in row.note
+    assert "judged on this machine" in row.note
+
+
+def test_an_engine_that_cannot_be_built_is_a_row(again: Run) -> None:
+    assert build_engine(again, again.clock, "reranker", "fp16", "tensorrt") is None
+    (row,) = again.results.rows
+    assert row.status == "failed"
+    assert "tensorrt" in row.reason
+
+
+def test_memory_of_each_engine_and_of_the_whole_stack(again: Run) -> None:
+    """With the resident memory of the engines' processes as what a card counts."""
+
+    def used() -> int:
+        return sum(resident(side.pid) for side in tuple(again._sides.values()) if side.pid)
+
+    measure_memory(again, ["onnxruntime"], again.clock, used=used)
+    found = again.results
+    assert not [row for row in found.rows if row.status != "measured"]
+    rows = {(row.model, row.case): row.value or 0.0 for row in found.rows}
+    assert rows["assistant", "weights, activations, buffers, cache"] > 1
+    assert rows["", "whole stack"] > max(value for (model, _), value in rows.items() if model)
+    assert abs(found.facts["memory left behind, MiB"]) < 1
+
+
+def resident(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS")), 0)
+
+
+@pytest.mark.skipif(bool(shutil.which("nvidia-smi")), reason="a GPU is here")
+def test_a_gpu_that_nothing_installed_can_use_gives_reasons_and_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "find_card", lambda device=0: GPU)
+    monkeypatch.setattr(command, "_write_models", lambda run, targets: None)
+    broken = replace(settings(tmp_path), device="cuda", targets=("tensorrt",))
+    with pytest.raises(ArtifactError, match="nothing could be measured"):
+        run_bench(broken, lambda text: None)
+    rows = json.loads((broken.folder / "bench.json").read_text("utf-8"))["rows"]
+    assert {row["status"] for row in rows} == {"skipped"}
+    assert "sees no GPU" in next(row["reason"] for row in rows if row["part"] == "ceilings")
+
+
+@pytest.mark.skipif(bool(shutil.which("nvidia-smi")), reason="a GPU is here")
+def test_without_a_gpu_the_command_says_so_and_leaves_its_files(tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["bench-gpu", str(tmp_path)])
+    assert done.exit_code == ArtifactError.exit_code
+    assert "nothing could be measured" in done.output
+    assert json.loads((tmp_path / "bench.json").read_text("utf-8"))["gpu"] is None
+    assert "no NVIDIA driver" in (tmp_path / "bench.txt").read_text("utf-8")
+
+
+class Driver:
+    """What libcuda and NVML answer, through the addresses that they are given."""
+
+    def __init__(self, **failing: int) -> None:
+        self.failing = failing
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def call(*arguments: Any) -> int:
+            if name in self.failing:
+                return self.failing[name]
+            values = {"cuDeviceGetCount": 1, "cuDriverGetVersion": 13010, "cuDeviceTotalMem_v2": 16 << 30}
+            texts = {"cuDeviceGetName": b"NVIDIA GeForce", "nvmlSystemGetDriverVersion": b"580.1"}
+            if name in values:
+                arguments[0]._obj.value = values[name]
+            elif name in texts:
+                arguments[0].value = texts[name]
+            elif name == "cuDeviceGetAttribute":
+                arguments[0]._obj.value = {75: 12, 76: 0, 13: 2_450_000}.get(arguments[1], 1)
+            elif name == "nvmlDeviceGetMemoryInfo":
+                arguments[1]._obj.total, arguments[1]._obj.free = 16 << 30, 15 << 30
+            return 0
+
+        return call
+
+
+def test_the_card_as_the_driver_describes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: Driver())
+    card = machine.find_card()
+    assert (card.name, card.compute_capability, card.driver, card.driver_cuda) == (
+        "NVIDIA GeForce",
+        "12.0",
+        "580.1",
+        "13.1",
+    )
+    assert machine.used_bytes(card) == 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("failing", "words"),
+    [({"cuInit": 100}, "cuInit with error 100"), ({"cuDeviceGetCount": 3}, "cuDeviceGetCount with error 3")],
+)
+def test_a_driver_that_refuses_is_quoted(
+    monkeypatch: pytest.MonkeyPatch, failing: dict[str, int], words: str
+) -> None:
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: Driver(**failing))
+    with pytest.raises(machine.NoGpu, match=words):
+        machine.find_card()
+
+
+def test_a_second_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: Driver())
+    with pytest.raises(machine.NoGpu, match="shows 1 GPUs here, and number 1 is asked for"):
+        machine.find_card(1)
+
+
+def test_without_nvml_the_driver_version_is_unknown_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> Any:
+        if "nvidia-ml" in name:
+            raise OSError(name)
+        return Driver()
+
+    monkeypatch.setattr(machine.ctypes, "CDLL", load)
+    assert machine.find_card().driver == "unknown"
+    with pytest.raises(machine.NoGpu, match="NVML"):
+        machine.used_bytes(GPU)
+    assert ctypes.CDLL is load
+
+
+def test_the_least_time_is_the_longer_of_computing_and_reading() -> None:
+    card = Ceilings(bandwidth=1e12, fp16=1e14, int8=2e14)
+    assert card.seconds(operations=1e12, moved=1e9) == pytest.approx(0.01)
+    assert card.seconds(operations=1e12, moved=1e9, integer=True) == pytest.approx(0.005)
+    assert card.seconds(operations=1e9, moved=1e10) == pytest.approx(0.01)
+    assert Ceilings(bandwidth=1e12).seconds(operations=1, moved=1) is None
+
+
+def test_the_default_models_are_of_the_sizes_that_they_claim() -> None:
+    linear, head = parameters(Sizes())
+    assert linear + head + one_billion().vocabulary * one_billion().hidden == pytest.approx(1.1e9, rel=0.02)
+    # BERT-base: 85 million weights in the layers' Linears, two operations each for every token.
+    assert EncoderSize().products(8, 64) == pytest.approx(2 * 85e6 * 512, rel=0.02)
+    assert EncoderSize().weight_bytes(2) == pytest.approx(170e6, rel=0.01)
+
+
+def test_the_report_compares_like_with_like(tmp_path: Path) -> None:
+    results = Results(lambda text: None, facts=machine.describe(GPU))
+    for contender, way, value in (
+        ("torch fp16", "device", 8.0),
+        ("torch fp16 compiled", "device", 6.0),
+        ("tensorrt-rtx int8", "device", 2.0),
+        ("torch fp16", "host", 9.0),
+        ("tensorrt-rtx int8", "host", 3.0),
+    ):
+        row = Row(part="encoders", case="8 x 64", model="classifier", contender=contender, way=way)
+        results.add(replace(row, value=value, unit="ms", limit=1.0))
+    results.add(Row(part="memory", case="whole stack", value=12_000, unit="MiB", limit=15_000))
+    for case in ("1 x 8", "2 x 8"):
+        failed = Row(part="encoders", case=case, contender="tensorrt", status="failed", reason="no kernel")
+        results.add(failed)
+    lines = {
+        tuple(line.split()[-6:-1])
+        for line in write_files(results, tmp_path)[1].read_text("utf-8").splitlines()
+    }
+    text = " ".join((tmp_path / "bench.txt").read_text("utf-8").split())
+    assert lines
+    assert "tensorrt-rtx int8 device 2 ms 4.00 3.00 50%" in text
+    assert "tensorrt-rtx int8 host 3 ms 3.00 33%" in text
+    assert "whole stack 12,000 15,000 80%" in text
+    assert "tensorrt 1 x 8, 2 x 8 failed no kernel" in text
+    assert document(results)["gpu"]["name"] == "NVIDIA Test"
+    assert render(results) is not None
+
+
+def test_the_gpu_tests_run_on_a_stand_in(tmp_path: Path) -> None:
+    """So that they do not end at the first GPU for a misspelt name: they run, and that is all this shows."""
+    report = tmp_path / "test.json"
+    chosen = "device or bench or fp16-embedder or (neighbours and fp16) or threads"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-k", chosen, "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        env={**os.environ, "ONECARD_STAND_IN": "1", "ONECARD_GPU_REPORT": str(report)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    rows = json.loads(report.read_text("utf-8"))["tests"]
+    passed = {row["case"] for row in rows if row["status"] == "measured"}
+    assert len(passed) >= 14
+    assert any("no_neighbours" in name for name in passed)
+
+
+def test_the_gpu_tests_name_what_is_missing_and_still_write_their_table(tmp_path: Path) -> None:
+    report = tmp_path / "test.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "tests/gpu/test_gpu_device.py", "-q", "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "ONECARD_GPU_REPORT": str(report)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    rows = json.loads(report.read_text("utf-8"))["tests"]
+    assert {row["status"] for row in rows} == {"skipped"}
+    assert all(row["reason"] for row in rows)
+    assert "GPU tests" in done.stdout
