@@ -1,6 +1,8 @@
 """ONNX Runtime on the GPU: the typed graph, an LLM's attention in the operator made for a cache.
 
 An encoder is its FP16 or FP32 graph as it was judged: every operator that computes in it has a CUDA kernel.
+The length of an embedding alone is written out, because ONNX Runtime asks cuDNN for it, and for nothing else
+here.
 An LLM's rotary embedding, cache update and attention become one GroupQueryAttention a layer. The standard
 operators have CUDA kernels too, but with a mask they read the whole capacity of the cache at every step; this
 one reads the tokens that a row holds, and appends in place.
@@ -82,12 +84,33 @@ class OnnxRuntimeCudaTarget:
         else:
             model = read_graph(graph)
             _refuse_int8(model, graph)
+            model = without_cudnn(model)
             save_graph(model, out / self.engine_file)
         progress("write", 2, 2)
         return {
             "versions": {"onnxruntime-gpu": onnxruntime.__version__},
             "layers": operator_counts(model),
         }
+
+
+def without_cudnn(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph with every ReduceL2 as the root of a sum of squares; `model` is left as it is."""
+    from onnx import helper
+
+    result = type(model)()
+    result.CopyFrom(model)
+    nodes = list(result.graph.node)
+    del result.graph.node[:]
+    for node in nodes:
+        if node.op_type == "ReduceL2":
+            value, squares, total = node.input[0], f"{node.name}.squares", f"{node.name}.sum"
+            reduce = helper.make_node("ReduceSum", [squares, *node.input[1:]], [total], name=total)
+            reduce.attribute.extend(node.attribute)
+            result.graph.node.append(helper.make_node("Mul", [value, value], [squares], name=squares))
+            result.graph.node.append(reduce)
+            node = helper.make_node("Sqrt", [total], list(node.output), name=node.name)  # noqa: PLW2901
+        result.graph.node.append(node)
+    return result
 
 
 def lower_decoder_for_cuda(model: onnx.ModelProto, capacity: int) -> onnx.ModelProto:

@@ -96,6 +96,24 @@ def test_an_encoder_is_its_graph(tmp_path: Path) -> None:
     assert (tmp_path / "out/engine.onnx").read_bytes() == (tmp_path / "model.onnx").read_bytes()
 
 
+def test_the_length_of_a_vector_needs_no_cudnn(tmp_path: Path) -> None:
+    """ONNX Runtime has no ReduceL2 of its own on the GPU."""
+    from onnx import helper, numpy_helper
+
+    graph = small_graph(onnx.TensorProto.FLOAT)
+    length = helper.make_node("ReduceL2", ["product", "axis"], ["y"], name="length", keepdims=1)
+    graph.graph.node[0].output[0] = "product"
+    graph.graph.node.append(length)
+    graph.graph.initializer.append(numpy_helper.from_array(np.array([-1], np.int64), "axis"))
+    graph.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 1
+    save_graph(graph, tmp_path / "model.onnx")
+    made = compiled(tmp_path / "model.onnx", tmp_path / "out", ENCODER)
+    assert made["layers"] == {"MatMul": 1, "Mul": 1, "ReduceSum": 1, "Sqrt": 1}
+    feeds = {"x": np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)}
+    found = onnx_session(tmp_path / "out/engine.onnx", 1).run(None, feeds)[0]
+    np.testing.assert_allclose(found, np.linalg.norm(feeds["x"], axis=1, keepdims=True), rtol=1e-6)
+
+
 def small_graph(kind: int, *, quantized: bool = False) -> Any:
     from onnx import helper, numpy_helper
 
