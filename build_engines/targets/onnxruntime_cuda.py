@@ -2,10 +2,9 @@
 
 An encoder is its FP16 or FP32 graph as it was judged: every operator that computes in it has a CUDA kernel.
 The length of an embedding alone is written out, because ONNX Runtime asks cuDNN for it, and for nothing else
-here.
-An LLM's rotary embedding, cache update and attention become one GroupQueryAttention a layer. The standard
-operators have CUDA kernels too, but with a mask they read the whole capacity of the cache at every step; this
-one reads the tokens that a row holds, and appends in place.
+here. An LLM's rotary embedding, cache update and attention become one GroupQueryAttention a layer. The
+standard operators have CUDA kernels too, but with a mask they read the whole capacity of the cache at every
+step; this one reads the tokens that a row holds, and appends in place.
 
 Nothing here needs a GPU or ONNX Runtime's package for it: kernels are chosen when the engine is opened.
 """
