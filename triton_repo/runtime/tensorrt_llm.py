@@ -161,7 +161,7 @@ class LlmScheduler:
         self._delivery = delivery or Delivery()
         self._slots = _Slots(engine.slots)
         self._lock = threading.Lock()
-        self._queued = 0
+        self._queued = self._taken = 0  # requests that wait; slots of those that do not
         self._closing = False
         self._tasks: dict[Job, asyncio.Task[None]] = {}
         self._counts = Counts(time.monotonic)
@@ -190,7 +190,7 @@ class LlmScheduler:
         with self._lock:
             if self._closing:
                 raise Busy("the model is being unloaded")
-            if self._queued >= self._max_queue + self._slots.free:
+            if self._queued >= self._max_queue + self._engine.slots - self._taken:
                 self._counts.outcomes["refused"] += 1
                 waiting = f"{self._queued} requests are waiting for a slot"
                 raise Busy(f"the queue is full: {waiting}; try again later")
@@ -205,10 +205,11 @@ class LlmScheduler:
 
     def snapshot(self) -> dict[str, Any]:
         """As Scheduler.snapshot; of the cache only what running sequences fill is known."""
-        engine, running = self._engine, [job for job in tuple(self._tasks) if job.started]
+        engine = self._engine
+        running = [job for job in tuple(self._tasks) if job.state == "running"]
         return {
             "slots": engine.slots,
-            "slots_active": engine.slots - self._slots.free,
+            "slots_active": self._taken,
             "queue": self._queued,
             "cache_tokens": sum(len(job.prompt) * job.request.params.n + job.completion for job in running),
             "cache_capacity_tokens": engine.slots * engine.capacity,
@@ -259,6 +260,7 @@ class LlmScheduler:
             return
         with self._lock:
             self._queued -= 1
+            self._taken += wanted
         job.state, job.started = "running", time.monotonic()
         try:
             async with asyncio.TaskGroup() as group:
@@ -284,7 +286,7 @@ class LlmScheduler:
                     return
             raise EngineFailed("the engine ended the answer without a reason")
         except Exception:
-            if rest := sample.rest():
+            if job.state != "done" and (rest := sample.rest()):
                 self._post(job, [Delta(index, rest)])
             raise
         finally:
@@ -294,6 +296,8 @@ class LlmScheduler:
     def _accept(self, sample: Written, output: Any) -> bool:
         """Hand out what is new of a sample; whether that was its end."""
         job, deltas = sample.job, []
+        if job.state == "done":  # ended early, and its tasks do not know yet
+            return True
         for token in output.token_ids[sample.count :]:
             deltas.append(sample.take(token))
             if deltas[-1].finish_reason:
@@ -320,11 +324,12 @@ class LlmScheduler:
 
     def _leave(self, job: Job, outcome: str) -> None:
         """Give back what `job` holds: before its last delta goes out, as its client may ask again at once."""
-        if job.state == "queued":
-            with self._lock:
+        with self._lock:
+            if job.state == "queued":
                 self._queued -= 1
-        else:
-            self._slots.give(job.request.params.n)
+            else:
+                self._taken -= job.request.params.n
+                self._slots.give(job.request.params.n)
         job.state = "done"
         self._counts.outcomes[outcome] += 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 import threading
 import time
@@ -319,3 +320,30 @@ def test_folders_that_are_refused(library: Any, folder: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "tensorrt_llm", None)
     with pytest.raises(EngineRefused, match="TensorRT-LLM cannot be imported"):
         GenerationService.open(folder)
+
+
+def test_whatever_comes_every_request_ends_once_and_no_slot_is_lost(
+    serve: Callable[..., Any], library: Any
+) -> None:
+    service = serve(max_queue=1000, queue_timeout_s=30)
+    dice = random.Random(5)
+    started: list[tuple[Any, list[Delta], int]] = []
+    for number in range(150):
+        samples = dice.choice([1, 1, 2, 3])
+        text = dice.choice([*TEXTS, "정말<unk>정말"])
+        request = {"text": text, "n": samples, "ignore_eos": dice.random() < 0.3, "max_tokens": 20}
+        handle, deltas = start(service, **request)
+        started.append((handle, deltas, samples))
+        if dice.random() < 0.4:
+            threading.Timer(dice.random() * 0.3, handle.cancel).start()
+        if number % 10 == 0:
+            time.sleep(0.02)
+    for handle, deltas, samples in started:
+        assert handle.wait(60)
+        ends = [delta.index for delta in deltas if delta.finish_reason]
+        assert sorted(ends) == list(range(samples))
+        assert [delta for delta in deltas if delta.usage] == deltas[-1:]
+    library.wait_until(lambda: service.snapshot()["slots_active"] == 0)
+    found = service.snapshot()
+    assert (found["queue"], sum(found["requests_total"].values())) == (0, 150)
+    assert library.LLM.opened[0].most_running == SLOTS
