@@ -263,7 +263,7 @@ def test_a_failing_run_names_the_shapes_and_the_log(trt: FakeTensorRT, device: D
     assert_sums(run, rows(4, 2))
     with pytest.raises(EngineFailed, match=r"x cannot have the shape \[5, 2\]: Parameter check failed"):
         run(np.zeros((5, 2), np.float32))
-    assert_sums(run, rows(2, 3))
+    assert_sums(run, rows(4, 2))
     with pytest.raises(EngineFailed, match="no address for y, z"):
         run.context.enqueue({"x": (1, 1)}, {"x": run.buffers["x"].address})
     engine.close()
