@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -18,7 +19,7 @@ from repo_fakes import reseal
 
 from triton_repo.runtime.delivery import Delta
 from triton_repo.runtime.generation import GenerationService
-from triton_repo.runtime.jobs import Busy
+from triton_repo.runtime.jobs import Busy, NoText, Written
 from triton_repo.runtime.session import EngineRefused
 from triton_repo.runtime.texts import BadRequest, EngineFailed
 
@@ -347,3 +348,22 @@ def test_whatever_comes_every_request_ends_once_and_no_slot_is_lost(
     found = service.snapshot()
     assert (found["queue"], sum(found["requests_total"].values())) == (0, 150)
     assert library.LLM.opened[0].most_running == SLOTS
+
+
+def test_a_step_that_arrives_behind_the_end_is_dropped(serve: Callable[..., Any], library: Any) -> None:
+    """A task hears of its cancellation one turn of the event loop later than the client."""
+    service = serve()
+    handle, deltas = start(service, text="good", ignore_eos=True, max_tokens=100)
+    library.wait_until(lambda: deltas)
+    scheduler, job = service._scheduler, handle._job
+    late = Written(job, 0, NoText(), 100)
+
+    async def end_and_go_on() -> bool:
+        scheduler._stop(job)
+        return bool(scheduler._accept(late, library.CompletionOutput(0, token_ids=[5], finish_reason="stop")))
+
+    assert asyncio.run_coroutine_threadsafe(end_and_go_on(), scheduler._loop).result(5)
+    assert handle.wait(5)
+    assert deltas[-1].finish_reason == "cancelled"
+    assert service.snapshot()["requests_total"]["completed"] == 0
+    assert service.snapshot()["slots_active"] == 0
