@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -216,11 +217,14 @@ def open_recorded(open_decoder: Callable[[bool], Any], name: str) -> Any:
         except BaseException:
             decoder.close()
             raise
+        return decoder
     except (EngineRefused, EngineFailed) as error:
-        plain = open_decoder(False)
-        _LOG.warning("%s: decode steps are no CUDA graphs, which costs time: %s", name, error)
-        return plain
-    return decoder
+        reason = str(error)
+    # Not before the error is gone: its traceback may hold the session, and there is room for one.
+    gc.collect()
+    plain = open_decoder(False)
+    _LOG.warning("%s: decode steps are no CUDA graphs, which costs time: %s", name, reason)
+    return plain
 
 
 def check_steps(decoder: Any) -> None:
