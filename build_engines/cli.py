@@ -267,7 +267,7 @@ def flagship(folder: Path, layers: int, as_json: bool) -> None:
 
 @main.command("bench-gpu")
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("build/gpu"))
-@click.option("--minutes", type=click.FloatRange(min=1), default=10, show_default=True)
+@click.option("--minutes", type=click.FloatRange(min=1), default=9, show_default=True)
 @json_option
 @fail_cleanly
 def bench_gpu(folder: Path, minutes: float, as_json: bool) -> None:

@@ -100,6 +100,9 @@ def _network(manifest: Mapping[str, Any], path: Path, device: Device) -> Any:
             one = (1, 1, 1)
             profile = {"batch": (1, 1, manifest["serving"]["slots"]), "sequence": one, "logits": one}
         return OnnxRuntimeEngine(path, device, profiles=[profile], exact=exact, graphs=generates)
+    from triton_repo.runtime.gpu.runtime_cache import cache_path
     from triton_repo.runtime.gpu.tensorrt import TensorRTEngine
 
-    return TensorRTEngine(path, importlib.import_module(_MODULES[manifest["target"]]), device)
+    kernels = cache_path(manifest["engine"]["sha256"], device.info.name)
+    module = importlib.import_module(_MODULES[manifest["target"]])
+    return TensorRTEngine(path, module, device, runtime_cache=kernels)

@@ -211,8 +211,10 @@ def free() -> None:
     import torch
 
     on_gpu = _loaded.get("device") == "cuda"
+    compiled = any(name.startswith(("compiled", "step")) for name in _loaded)
     _loaded.clear()
-    torch._dynamo.reset()
+    if compiled:
+        torch._dynamo.reset()
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()

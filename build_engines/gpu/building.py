@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from build_engines.gpu.results import Clock, Row, Skipped
+from build_engines.gpu.results import Clock, Row, Skipped, said
 from build_engines.gpu.settings import Run
 from build_engines.manifest import StageRun
 
@@ -43,7 +43,8 @@ def usable_targets(run: Run) -> list[str]:
     usable = []
     for target in run.settings.targets:
         with run.results.case("machine", "target", contender=target):
-            if reason := run.side(_SIDE).call(check_target, target, seconds=run.clock.need()):
+            side = run.side(_SIDE)
+            if reason := side.call(check_target, target, run.settings.on_gpu, seconds=run.clock.need()):
                 raise Skipped(reason)
             usable.append(target)
     return usable
@@ -65,15 +66,22 @@ class _Quiet:
         print("unchanged" if run.skipped else f"{run.seconds:.1f} s", detail, flush=True)
 
 
-def check_target(target: str) -> str:
-    """Why `target` cannot be used here, or nothing."""
+def check_target(target: str, on_gpu: bool) -> str:
+    """Why `target` cannot be compiled, or run on a GPU, here; or nothing."""
     from build_engines.errors import CompileError
     from build_engines.targets import get_target
+    from triton_repo.runtime.gpu.cuda import CudaError, cudart
+    from triton_repo.runtime.gpu.onnxruntime import load_library
+    from triton_repo.runtime.session import EngineRefused
 
     try:
         get_target(target).check()
-    except CompileError as error:
-        return error.message
+        if on_gpu:
+            cudart()
+            if target == "onnxruntime-cuda":
+                load_library()
+    except (CompileError, CudaError, EngineRefused) as error:
+        return said(error)
     return ""
 
 

@@ -44,12 +44,12 @@ def measure_decoders(run: Run, targets: Sequence[str], clock: Clock) -> None:
     racing = [*_engines(run, targets, clock), *_torch(run, clock)]
     sizes = run.settings.sizes
     try:
-        for turn in range(run.settings.rounds):
-            if turn and not clock.left:
+        for turn in range(1 + run.settings.rounds):  # the first does not count, as with encoders
+            if turn > 1 and not clock.left:
                 break
             for batch in (_PROMPT, *sizes.batches):
                 for contender in list(racing):
-                    if not _timed(run, contender, batch):
+                    if not _timed(run, contender, batch, counts=turn > 0):
                         racing.remove(contender)
     finally:
         for side in (TORCH, *targets):
@@ -117,8 +117,13 @@ def _opened(contender: str, seconds: float) -> Row:
     return Row(part="decoders", case="open", model=LLM, contender=contender, value=seconds, unit="s")
 
 
-def _timed(run: Run, contender: _Contender, batch: int) -> bool:
+def _timed(run: Run, contender: _Contender, batch: int, *, counts: bool) -> bool:
     """The prompt, or a run of steps in each way; False when this contender is out."""
+
+    def keep(way: str, times: list[float]) -> None:
+        if counts:
+            contender.times.setdefault((batch, way), []).extend(times)
+
     sizes, side = run.settings.sizes, run.side(contender.side)
     if batch == _PROMPT:
         if contender.time_prompt is None:
@@ -126,13 +131,13 @@ def _timed(run: Run, contender: _Contender, batch: int) -> bool:
         with run.results.case("decoders", _prompt(sizes), model=LLM, contender=contender.name) as outcome:
             given = (contender.name, sizes.prompt, run.settings.block)
             times = side.call(contender.time_prompt, *given, seconds=LOAD_S)
-            contender.times.setdefault((batch, "host"), []).extend(times)
+            keep("host", times)
         return outcome.status != "failed"
     for way in tuple(contender.ways) if batch in contender.batches else ():
         with run.results.case("decoders", step(batch), model=LLM, contender=contender.name) as outcome:
             steps = (contender.name, way, batch, sizes.prompt, sizes.new)
             times = side.call(contender.time_decode, *steps, seconds=LOAD_S)
-            contender.times.setdefault((batch, way), []).extend(times)
+            keep(way, times)
         if outcome.status == "skipped":
             contender.ways.remove(way)
         elif outcome.status == "failed":

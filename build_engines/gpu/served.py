@@ -40,7 +40,9 @@ def measure_served(run: Run, targets: Sequence[str], clock: Clock) -> None:
     settings, stack = run.settings, run.stack
     with run.results.case("served", "server", contender=target):
         given = (stack.path, stack.build_dir, target, built)
-        found = run.side(_SIDE).call(serve, *given, settings.served_seconds, seconds=clock.need(20))
+        left = clock.need(30)
+        limits = (settings.served_seconds, left - 20)
+        found = run.side(_SIDE).call(serve, *given, *limits, seconds=left + 15)
         for row in found:
             limit = _bare_decoding(run, row) if row.model == LLM else row.limit
             run.results.add(replace(row, limit=limit))
@@ -80,9 +82,18 @@ def _bare_decoding(run: Run, row: Row) -> float | None:
 
 
 def serve(
-    path: Path, build_dir: Path, target: str, built: dict[str, tuple[str, ...]], seconds: float
+    path: Path,
+    build_dir: Path,
+    target: str,
+    built: dict[str, tuple[str, ...]],
+    seconds: float,
+    limit: float,
 ) -> list[Row]:
-    """Write the repository of what was built, serve it, load each model; rows in order."""
+    """Write the repository of what was built, serve it, load each model; rows in order.
+
+    Each point of load takes `seconds`; models that `limit` seconds leave no time for are skipped rows.
+    """
+    clock = Clock(limit)
     from build_engines.errors import ServerError
     from triton_repo.installation import find_installation
     from triton_repo.server import Server, ServerOptions
@@ -110,7 +121,11 @@ def serve(
         free_ports=True, ready_timeout_s=180, log=build_dir / "served" / "tritonserver.log"
     )
     with Server(repository, options) as server:
-        for name in models:
+        for name in sorted(models, key=lambda name: name != LLM):
+            if not clock.left:
+                over = Row(part="served", case="load", model=name, contender=target, status="skipped")
+                rows.append(replace(over, reason="the time for this part is over; --minutes gives more"))
+                continue
             load = _stream if name == LLM else _load
             rows += load(server.urls["grpc"], repository.parent / "stack.json", name, target, seconds, bare)
     return rows

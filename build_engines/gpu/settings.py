@@ -27,7 +27,7 @@ class Settings:
     """
 
     folder: Path = Path("build/gpu")
-    minutes: float = 10.0
+    minutes: float = 9.0
     device: str = "cuda"
     targets: tuple[str, ...] = GPU_TARGETS
     sizes: Sizes = field(default_factory=Sizes)
@@ -35,8 +35,7 @@ class Settings:
     block: float = 0.15
     rounds: int = 3
     compiled: bool = True
-    served_seconds: float = 2.0
-    leave_bytes: int | None = None
+    served_seconds: float = 1.0
 
     @property
     def on_gpu(self) -> bool:

@@ -150,8 +150,7 @@ def device(cuda: Any) -> Iterator[Any]:
 @pytest.fixture(params=["tensorrt-rtx", "tensorrt", "onnxruntime-cuda"])
 def target(request: pytest.FixtureRequest, card: machine.Card) -> str:
     """Each target that can be compiled and run here; the others skip with what is missing."""
-    from build_engines.errors import CompileError
-    from build_engines.targets import get_target
+    from build_engines.gpu.building import check_target
 
     name = str(request.param)
     if STAND_IN:
@@ -159,10 +158,8 @@ def target(request: pytest.FixtureRequest, card: machine.Card) -> str:
             pytest.skip("nothing stands in for it")
         # What compiles or serves cannot use an engine of the stand-in: the CPU's own take its place there.
         return "onnxruntime" if request.path.stem == "test_gpu_pipeline" else name
-    try:
-        get_target(name).check()
-    except CompileError as error:
-        pytest.skip(error.message)
+    if reason := check_target(name, on_gpu=True):
+        pytest.skip(reason)
     return name
 
 

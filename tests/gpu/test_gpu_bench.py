@@ -55,7 +55,7 @@ def test_a_small_run_measures_every_part_that_is_installed(card: Any, tmp_path: 
     """Nothing may fail; what is not installed is skipped by name."""
     settings = Settings(
         folder=tmp_path,
-        minutes=4,
+        minutes=3,
         sizes=SIZES,
         ceilings=SMALL,
         block=0.02,

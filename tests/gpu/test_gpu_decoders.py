@@ -10,8 +10,9 @@ from gpu_stack import SIZES
 
 from build_engines.gpu.models import LLM
 
-# FP16 caches and another order of sums, against FP32 on the CPU; logits of random weights are below 5.
-_NEAR = 0.05
+# FP16 caches and another order of sums, against FP32 on the CPU, where INT8 weights meet INT8 activations.
+# The logits' standard deviation is 0.16.
+_NEAR = {"fp16": 0.01, "int8-weights": 0.05}
 
 pytestmark = pytest.mark.parametrize("precision", ["fp16", "int8-weights"])
 
@@ -38,23 +39,29 @@ def fill(engine: Any, slot: int, tokens: list[int]) -> Any:
     return np.array(logits)
 
 
-def near(found: Any, expected: Any) -> None:
-    np.testing.assert_allclose(found, expected, atol=_NEAR)
+@pytest.fixture
+def near(precision: str) -> Any:
+    """`near(found, expected)` fails for logits that are further apart than the precision explains."""
+
+    def compare(found: Any, expected: Any) -> None:
+        np.testing.assert_allclose(found, expected, atol=_NEAR[precision])
+
+    return compare
 
 
-def test_the_logits_of_a_prompt_are_those_of_the_cpu(both: Any) -> None:
+def test_the_logits_of_a_prompt_are_those_of_the_cpu(both: Any, near: Any) -> None:
     there, here = both
     tokens = prompt(SIZES.capacity - 3)
     near(there.logits(tokens), here.logits(tokens))
 
 
 @pytest.mark.parametrize("length", [1, 5, 16, 17, 40])
-def test_prompts_of_every_length(both: Any, length: int) -> None:
+def test_prompts_of_every_length(both: Any, near: Any, length: int) -> None:
     there, here = both
     near(fill(there, 1, prompt(length)), fill(here, 1, prompt(length)))
 
 
-def test_steps_of_rows_of_different_lengths(both: Any) -> None:
+def test_steps_of_rows_of_different_lengths(both: Any, near: Any) -> None:
     there, here = both
     lengths = [3, 21, 9]
     for slot, length in enumerate(lengths):
@@ -65,7 +72,7 @@ def test_steps_of_rows_of_different_lengths(both: Any) -> None:
         near(there.decode([0, 1, 2], tokens, held), here.decode([0, 1, 2], tokens, held))
 
 
-def test_slots_that_are_no_neighbours_in_any_order(both: Any) -> None:
+def test_slots_that_are_no_neighbours_in_any_order(both: Any, near: Any) -> None:
     there, here = both
     for engine in both:
         for slot in range(SIZES.slots):
@@ -79,7 +86,7 @@ def test_slots_that_are_no_neighbours_in_any_order(both: Any) -> None:
             held[slot] += 1
 
 
-def test_a_copied_beginning_goes_on_like_its_source(both: Any) -> None:
+def test_a_copied_beginning_goes_on_like_its_source(both: Any, near: Any) -> None:
     there, here = both
     tokens = prompt(19)
     for engine in both:
@@ -89,7 +96,7 @@ def test_a_copied_beginning_goes_on_like_its_source(both: Any) -> None:
     near(there.decode([0], [7], [19]), here.decode([0], [7], [19]))
 
 
-def test_nothing_is_written_beyond_a_slot(both: Any) -> None:
+def test_nothing_is_written_beyond_a_slot(both: Any, near: Any) -> None:
     """The last place of a slot is used, and its neighbour's first tokens stay what they were."""
     there, here = both
     for engine in both:

@@ -106,10 +106,10 @@ def test_opening_and_closing_leaves_nothing_on_the_card(
 
     folder = stacks(target).folder("embedder", "fp16")
     free = []
-    for _ in range(3):
+    for _ in range(6):
         engine = open_encoder_engine(folder)
         engine.run(arrays(engine, 2, 8))
         engine.close()
         free.append(device.memory()[0])
     # The library itself keeps some after its first use.
-    assert free[1] - free[2] < 4 << 20
+    assert free[1] - free[-1] < 8 << 20

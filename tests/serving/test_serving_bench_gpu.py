@@ -28,7 +28,7 @@ def test_requests_and_streams_stand_beside_the_bare_engine(tmp_path: Path) -> No
     built = {"reranker": ("fp16",), "assistant": ("fp16",)}
     for name in built:
         build_one(path, tmp_path / "build", (name, "fp16", "onnxruntime"))
-    rows = served.serve(path, tmp_path / "build", "onnxruntime", built, 0.2)
+    rows = served.serve(path, tmp_path / "build", "onnxruntime", built, 0.2, 120)
     found = {(row.model, row.case): row for row in rows}
     for callers in (1, 8, 32, 64):
         row = found["reranker", f"{callers} at once"]
