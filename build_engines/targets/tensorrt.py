@@ -199,6 +199,10 @@ def _run(job: _Job, target: Path, *, decompose: bool) -> _Build:
     config = builder.create_builder_config()
     for ranges in job.ranges:
         _add_profile(builder, network, config, ranges)
+    # All memory is the caller's, which the plan counts, and any run can be a CUDA graph; TensorRT-RTX alone
+    # would otherwise allocate behind it.
+    if (owned := getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)) is not None:
+        config.set_flag(owned)
     if job.compute_capability is not None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(_capability(trt, job.compute_capability), 0)

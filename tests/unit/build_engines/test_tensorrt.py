@@ -139,6 +139,24 @@ def test_the_builder_states_its_memory(graphs: dict[str, Path], tmp_path: Path) 
     assert 0 < small["activation_bytes"] < large["activation_bytes"]
 
 
+def test_an_engine_takes_no_memory_of_its_own(
+    graphs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What TensorRT-RTX allocated at run time no plan would count, and no CUDA graph could record."""
+    import tensorrt_rtx as trt
+
+    made: list[Any] = []
+    create = trt.Builder.create_builder_config
+
+    def kept(builder: Any) -> Any:
+        made.append(create(builder))
+        return made[-1]
+
+    monkeypatch.setattr(trt.Builder, "create_builder_config", kept)
+    compile_to(tmp_path, graphs["fp16"])
+    assert made[0].get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+
+
 def test_progress_is_the_builders_own(graphs: dict[str, Path], tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     compile_to(tmp_path, graphs["fp16"], progress=lambda *step: seen.append(step))
