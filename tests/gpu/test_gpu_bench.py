@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from gpu_stack import SIZES
 
-from build_engines.gpu import memory
+from build_engines.gpu import contenders, memory
 from build_engines.gpu.bare import Bare
 from build_engines.gpu.ceilings import SMALL
 from build_engines.gpu.command import run_bench
@@ -33,6 +33,24 @@ def test_the_network_alone_runs_at_several_shapes(cuda: Any, stacks: Any, target
     for batch in (1, SIZES.slots):
         assert len(timed_runs(llm.step_run(batch, 20), 0, least=5)) == 5
     llm.close()
+
+
+def test_contenders_are_timed_both_ways(cuda: Any, stacks: Any, target: str) -> None:
+    stack = stacks(target)
+    contenders.load_encoder("encoder", stack.folder("embedder", "fp16"), 1000)
+    contenders.load_decoder("llm", stack.folder(LLM, "fp16"))
+    try:
+        for way in ("host", "device"):
+            assert min(contenders.time_encoder("encoder", way, (3, 16), 0.01)) > 0
+            assert len(contenders.time_decode("llm", way, 2, SIZES.prompt, SIZES.new)) == SIZES.new
+        assert min(contenders.time_prompt("llm", SIZES.prompt, 0.01)) > 0
+        for name in ("encoder", "llm"):
+            contenders.run_largest(name)
+    finally:
+        for engine in (*contenders._bare.values(), *contenders._loaded.values()):
+            engine.close()
+        contenders._bare.clear()
+        contenders._loaded.clear()
 
 
 def test_the_ballast_leaves_what_it_is_told(cuda: Any) -> None:
