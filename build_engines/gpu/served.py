@@ -94,18 +94,11 @@ def serve(
     Each point of load takes `seconds`; models that `limit` seconds leave no time for are skipped rows.
     """
     clock = Clock(limit)
-    from build_engines.errors import ServerError
-    from triton_repo.installation import find_installation
     from triton_repo.server import Server, ServerOptions
     from triton_repo.writer import write_repository
 
-    if missing := [name for name in _NEEDS if not _installed(name)]:
-        raise Skipped(f"{', '.join(missing)} is not installed (pip install 'tritonclient[grpc]')")
-    with tempfile.TemporaryDirectory(prefix="onecard-") as work:
-        try:
-            find_installation(Path(work))
-        except ServerError as error:
-            raise Skipped(said(error)) from None
+    if reason := cannot_serve():
+        raise Skipped(reason)
     stack = load_stack(path, build_dir=build_dir)
     models = {
         name: replace(stack.models[name], precisions=chosen)  # type: ignore[arg-type]
@@ -129,6 +122,25 @@ def serve(
             load = _stream if name == LLM else _load
             rows += load(server.urls["grpc"], repository.parent / "stack.json", name, target, seconds, bare)
     return rows
+
+
+def cannot_serve() -> str:
+    """Why no server can be started and asked here, or nothing."""
+    import numpy as np
+
+    from build_engines.errors import ServerError
+    from triton_repo.installation import find_installation
+
+    if missing := [name for name in _NEEDS if not _installed(name)]:
+        return f"{', '.join(missing)} is not installed (pip install 'tritonclient[grpc]')"
+    with tempfile.TemporaryDirectory(prefix="onecard-") as work:
+        try:
+            found = find_installation(Path(work))
+        except ServerError as error:
+            return said(error)
+    if found.origin == "nvidia-pytriton" and not np.__version__.startswith("1."):
+        return f"the tritonserver of nvidia-pytriton crashes with numpy {np.__version__}; it needs numpy < 2"
+    return ""
 
 
 def _installed(name: str) -> bool:

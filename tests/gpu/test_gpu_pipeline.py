@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from dataclasses import replace
@@ -13,8 +12,8 @@ import numpy as np
 import pytest
 from gpu_stack import SIZES, SmallStack
 
-from build_engines.errors import ServerError
 from build_engines.gpu.models import ENCODERS, LLM, EncoderSize
+from build_engines.gpu.served import cannot_serve
 from build_engines.random_model import RandomLlama
 
 MIB = 1 << 20
@@ -64,16 +63,11 @@ def test_memory_is_no_more_than_the_plan_promised(
 @pytest.fixture
 def served(stacks: Any, target: str, tmp_path: Path) -> Any:
     """A running Triton with the small stack's FP16 engines."""
-    from triton_repo.installation import find_installation
     from triton_repo.server import Server, ServerOptions
     from triton_repo.writer import write_repository
 
-    if importlib.util.find_spec("tritonclient") is None:
-        pytest.skip("tritonclient is not installed")
-    try:
-        find_installation(tmp_path)
-    except ServerError as error:
-        pytest.skip(error.message)
+    if reason := cannot_serve():
+        pytest.skip(reason)
     small = stacks(target)
     for model in (*ENCODERS, LLM):
         small.folder(model, "fp16")

@@ -14,12 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from build_engines.cli import main
 from build_engines.errors import ArtifactError
-from build_engines.gpu import command, encoders, machine
+from build_engines.gpu import command, encoders, machine, served
 from build_engines.gpu.building import build_engine
 from build_engines.gpu.ceilings import SMALL, Ceilings
 from build_engines.gpu.command import run_bench
@@ -309,6 +310,15 @@ def test_the_report_compares_like_with_like(tmp_path: Path) -> None:
     assert "tensorrt 1 x 8, 2 x 8 failed no kernel" in text
     assert document(results)["gpu"]["name"] == "NVIDIA Test"
     assert render(results) is not None
+
+
+def test_what_a_server_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert served.cannot_serve() == ""
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "__version__", "2.5.5")
+        assert "numpy 2.5.5" in served.cannot_serve()
+    monkeypatch.setattr(served, "_installed", lambda name: name != "tritonclient")
+    assert served.cannot_serve().startswith("tritonclient is not installed")
 
 
 def test_the_gpu_tests_run_on_a_stand_in(tmp_path: Path) -> None:
