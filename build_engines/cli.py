@@ -274,7 +274,7 @@ def bench_gpu(folder: Path, minutes: float, as_json: bool) -> None:
     """Measure engines on this machine's GPU against Transformers, its limits, and the plan's memory.
 
     Random models of BERT-base's size and an LLM of one billion parameters; no hub and no index is asked. What
-    is missing here or fails is a row with its reason. FOLDER keeps checkpoints, engines, bench.json, bench.txt.
+    is missing here or fails is a row with its reason. FOLDER keeps models, engines, bench.json and bench.txt.
 
     \b
     Example:
