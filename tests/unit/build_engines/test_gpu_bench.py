@@ -326,7 +326,7 @@ def test_what_a_server_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_gpu_tests_run_on_a_stand_in(tmp_path: Path) -> None:
     """So that they do not end at the first GPU for a misspelt name: they run, and that is all this shows."""
     report = tmp_path / "test.json"
-    chosen = "device or bench or fp16-embedder or (neighbours and fp16) or threads"
+    chosen = "device or contenders or fp16-embedder or (neighbours and fp16) or threads"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-k", chosen, "-p", "no:cacheprovider"],
         cwd=ROOT,
