@@ -81,6 +81,7 @@ def find_installation(work: Path, binary: Path | None = None) -> Installation:
             "no tritonserver found, neither on PATH nor in this Python environment",
             next_step="pip install nvidia-pytriton, or run inside NVIDIA's tritonserver container",
         )
+    _require_numpy_1()
     return Installation(
         binary=wheel / "bin" / "tritonserver",
         backends=_lay_out_backends(wheel, work),
@@ -122,6 +123,18 @@ def _wheel() -> Path | None:
         if (folder / "bin" / "tritonserver").exists():
             return folder
     return None
+
+
+def _require_numpy_1() -> None:
+    """The wheel's Python backend was built against numpy 1; with another its models die of signal 11."""
+    import numpy
+
+    if int(numpy.__version__.split(".")[0]) > 1:
+        raise ServerError(
+            f"the tritonserver of nvidia-pytriton crashes with numpy {numpy.__version__}",
+            cause="its Python backend was built against numpy 1",
+            next_step="pip install 'numpy<2', or run inside NVIDIA's tritonserver container",
+        )
 
 
 def _bundled_libraries(wheel: Path) -> Path:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -109,6 +110,22 @@ def test_a_missing_server_library_or_stub_says_what_to_install(
     ) as e:
         installation.find_installation(tmp_path / "b")
     assert "--enable-shared" in str(e.value)
+
+
+def test_the_wheel_s_server_is_not_started_with_a_numpy_that_it_crashes_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(np, "__version__", "2.5.2")
+    with pytest.raises(ServerError, match=r"crashes with numpy 2\.5\.2") as refused:
+        installation.find_installation(tmp_path)
+    assert "pip install 'numpy<2'" in str(refused.value)
+    assert not list(tmp_path.iterdir())
+    # Another server has a Python backend of its own.
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "tritonserver").touch()
+    found = installation.find_installation(tmp_path, tmp_path / "bin" / "tritonserver")
+    assert found.origin == "PATH"
 
 
 def test_an_installed_server_for_another_python_is_refused(tmp_path: Path) -> None:
