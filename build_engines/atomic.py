@@ -52,7 +52,8 @@ def write_text(path: Path, text: str) -> None:
 def link_or_copy(source: Path, destination: Path) -> None:
     """A hard link where the file system allows one, otherwise a copy."""
     try:
-        os.link(source, destination)
+        # Of a link, what it leads to: one with a relative path leads nowhere from another folder.
+        os.link(os.path.realpath(source), destination)
     except OSError as error:
         if error.errno not in {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES}:
             raise

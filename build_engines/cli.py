@@ -195,16 +195,19 @@ def measure(stack: Path, build_dir: Path | None, as_json: bool) -> None:
     Example:
       build-engines measure stacks/demo.toml
     """
-    from build_engines.measure import measure_stack, render_measurements
+    from build_engines.measure import measure_stack, measured_models, render_measurements
     from build_engines.measure_decoder import measure_decoder, render_decoder
 
     loaded = _load(stack, build_dir)
+    models = measured_models(loaded)
+    for name in loaded.models.keys() - models.keys():
+        console.print(f"{name} is left out: TensorRT-LLM serves it, on a card", markup=False)
     with StageLines() as lines:
         lines.start("engines", "against PyTorch")
         found = measure_stack(loaded, lines.progress)
         decoders = {
             name: measure_decoder(loaded, model, lines.progress)
-            for name, model in loaded.models.items()
+            for name, model in models.items()
             if model.task == "generate"
         }
     if as_json:

@@ -77,7 +77,8 @@ def _rows(engine: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if engine["compute_capability"]:
         others = ", portable: 8.0, 8.6, 8.9, 12.0 and later" if engine.get("portable") else ""
         yield "compute capability", engine["compute_capability"] + others
-    yield "versions", ", ".join(f"{name} {version}" for name, version in engine["versions"].items())
+    if engine["versions"]:
+        yield "versions", ", ".join(f"{name} {version}" for name, version in engine["versions"].items())
     yield "engine", f"{engine['engine']['file']}, {engine['engine']['bytes'] / 2**20:.1f} MiB"
     yield "digest", f"sha256 {engine['engine']['sha256']}"
     if "batch" in profile:
@@ -92,7 +93,9 @@ def _rows(engine: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "planned memory, MiB", parts
     for stage, report in engine["gates"].items():
         yield f"gate ({stage})", _gate_lines(report.get("gate", report))
-    if "engine" not in engine["gates"]:
+    if engine["target"] == "tensorrt-llm":
+        yield "gate", "none: TensorRT-LLM serves the checkpoint as it is stored"
+    elif "engine" not in engine["gates"]:
         yield "gate (engine)", "not judged on a GPU yet"
     elif device := engine.get("judged_on"):
         yield "judged on", f"{device['name']}, compute capability {device['compute_capability']}"
@@ -105,8 +108,8 @@ def _rows(engine: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 for item in returned
             ),
         )
-    layers = sorted(engine.get("layers", {}).items(), key=lambda item: -item[1])
-    yield "layer types", ", ".join(f"{count} {name}" for name, count in layers)
+    if layers := sorted(engine.get("layers", {}).items(), key=lambda item: -item[1]):
+        yield "layer types", ", ".join(f"{count} {name}" for name, count in layers)
 
 
 def _gate_lines(report: dict[str, Any]) -> str:

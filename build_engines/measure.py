@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from build_engines.errors import ArtifactError
+from build_engines.errors import ArtifactError, StackError
 from build_engines.stack import Model, Stack
 
 if TYPE_CHECKING:
@@ -41,8 +41,9 @@ def measure_stack(stack: Stack, progress: Progress) -> dict[str, Any]:
 
     Raises:
         ArtifactError: an engine is missing or altered.
+        StackError: no model has such engines.
     """
-    encoders = {name: model for name, model in stack.models.items() if model.task != "generate"}
+    encoders = {name: model for name, model in measured_models(stack).items() if model.task != "generate"}
     total = len(encoders) * len(SHAPES)
     measured: dict[str, Any] = {}
     for name, model in encoders.items():
@@ -58,6 +59,18 @@ def measure_stack(stack: Stack, progress: Progress) -> dict[str, Any]:
                 shapes[f"{shape[0]}x{shape[1]}"] = _race(sides, shape)
         measured[name] = {"task": model.task, "milliseconds": shapes}
     return {"machine": machine(), "models": measured}
+
+
+def measured_models(stack: Stack) -> dict[str, Model]:
+    """Those with engines of the target onnxruntime, which alone run without a card. StackError: none has."""
+    models = {name: model for name, model in stack.models.items() if model.target is None}
+    if "onnxruntime" not in stack.targets or not models:
+        raise StackError(
+            f"{stack.path}: no model has an engine of the target onnxruntime, which is what is measured",
+            next_step="measure what is served: triton-repo serve STACK -- client bench; or add "
+            '"onnxruntime" to targets',
+        )
+    return models
 
 
 def new_process() -> ProcessPoolExecutor:

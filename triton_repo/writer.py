@@ -201,13 +201,14 @@ def _write_summary(stack: Stack, entries: list[Entry], folder: Path) -> None:
         if model.name not in models:
             models[model.name] = {
                 "task": model.task,
+                "target": entry.manifest["target"],
                 "source": str(stack.checkpoint_dir(model).absolute()),
                 "variants": {},
                 "evaluation": _write_evaluation(model, folder / "evaluation" / f"{model.name}.jsonl"),
                 **_limits(model, serving),
             }
         models[model.name]["variants"][entry.manifest["precision"]] = entry.name
-    summary = {"stack": stack.name, "target": entries[0].manifest["target"], "models": models}
+    summary = {"stack": stack.name, "models": models}
     write_text(folder / "stack.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -11,12 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from small_stack import write_stack
 
 from build_engines.cards import CARDS
+from build_engines.cli import main
 from build_engines.decoder_memory import cache_bytes_per_token, llm_cache_tokens, llm_memory
 from build_engines.errors import FetchError, OnecardError, PlanError, StackError
+from build_engines.fetch import fetch_model
 from build_engines.manifest import StageRun
+from build_engines.measure import measured_models
 from build_engines.modelopt import weight_files
 from build_engines.pipeline import BuiltEngine, build_stack
 from build_engines.pipeline.llm import LlmBuild
@@ -354,9 +358,52 @@ def test_the_repository_has_it_whatever_the_target_of_the_others(tmp_path: Path)
         assert "KIND_CPU" in config
         assert "decoupled: true" in config
         assert not_judged(tmp_path / "repository") == []
+        summary = json.loads((tmp_path / "stack.json").read_text())
+        assert summary["models"]["llm"]["target"] == "tensorrt-llm"
     changed = stack_of(tmp_path, precisions=["fp8"], slots=3, max_length=64)
     with pytest.raises(OnecardError, match="slots"):
         write_repository(changed, tmp_path / "build" / "engines", tmp_path / "repository")
+
+
+def test_weights_may_be_a_link_within_the_folder_and_not_out_of_it(tmp_path: Path) -> None:
+    stack = stack_of(tmp_path, slots=2, max_length=64)
+    (weights,) = write_quantized(tmp_path / "checkpoint", "fp16").glob("*.safetensors")
+    (weights.parent / "blobs").mkdir()
+    blob = weights.rename(weights.parent / "blobs" / "abc")
+    weights.symlink_to(Path("blobs", "abc"))
+    engine, _ = build(stack)
+    assert not (engine.folder / weights.name).is_symlink(), "it would lead nowhere from there"
+    assert os.path.samefile(engine.folder / weights.name, blob)
+    settings = weights.parent / "hf_quant_config.json"
+    settings.symlink_to(stack.path)
+    with pytest.raises(FetchError, match=r"hf_quant_config\.json"):
+        fetch_model(stack.models["llm"], tmp_path / "fetched", offline=True)
+    settings.unlink()
+    blob.rename(tmp_path / "abc")
+    weights.unlink()
+    weights.symlink_to(tmp_path / "abc")
+    with pytest.raises(FetchError, match=weights.name):
+        fetch_model(stack.models["llm"], tmp_path / "fetched", offline=True)
+
+
+def test_commands_say_that_nothing_of_it_is_judged_or_timed_here(tmp_path: Path) -> None:
+    stack = stack_of(tmp_path, precisions=["fp8"], slots=2, max_length=64)
+    write_quantized(tmp_path / "checkpoint", "fp8")
+    engine, _ = build(stack)
+    shown = CliRunner().invoke(main, ["inspect", str(engine.folder)])
+    assert shown.exit_code == 0, shown.output
+    assert "none: TensorRT-LLM serves the checkpoint as it is stored" in shown.output
+    assert "judged on a GPU" not in shown.output
+    options = ["measure", str(stack.path), "--build-dir", str(stack.build_dir)]
+    timed = CliRunner().invoke(main, options)
+    assert timed.exit_code == StackError.exit_code
+    assert "no model has an engine of the target onnxruntime" in timed.output
+    other = {"task": "embed", "source": "./nothing", "precisions": ["fp16"]}
+    llm = {"task": "generate", "target": "tensorrt-llm", "source": "./checkpoint", "precisions": ["fp8"]}
+    write_stack(stack.path, {"other": other, "llm": llm}, targets=["onnxruntime"])
+    mixed = load_stack(stack.path)
+    assert list(measured_models(mixed)) == ["other"]
+    assert "llm is left out" in CliRunner().invoke(main, options).output
 
 
 def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:

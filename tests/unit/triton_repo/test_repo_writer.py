@@ -101,6 +101,7 @@ def test_the_summary_tells_the_client_what_is_served(stack: Stack, paths: tuple[
     sentiment, order = summary["models"]["sentiment"], summary["models"]["order"]
     assert sentiment["variants"] == {"int8": "sentiment", "fp16": "sentiment-fp16"}
     assert order["variants"] == {"fp16": "order"}
+    assert (sentiment["target"], order["target"]) == ("onnxruntime", "onnxruntime")
     assert sentiment["source"] == str(stack.path.parent / "sentiment")
     assert (sentiment["max_length"], sentiment["labels"]) == (16, ["negative", "positive"])
     lines = [json.loads(line) for line in Path(sentiment["evaluation"]).read_text().splitlines()]
