@@ -125,10 +125,12 @@ class Variant:
         return (await closed_loop(send, same, concurrency=1, seconds=CACHED_SECONDS)).p50_ms
 
     def _counts(self) -> tuple[int, int, int]:
-        for model in self._client.status().models:
-            if model.name == self._name:
-                return model.inferences, model.executions, model.cache_hits
-        raise BenchError("the model is gone from the server", model=self._name)
+        models = {model.name: model for model in self._client.status().models}
+        if self._name not in models:
+            raise BenchError("the model is gone from the server", model=self._name)
+        # An ensemble hands requests on one by one: those of the native layout meet in its engine's batches.
+        batched = models.get(f"{self._name}_engine", models[self._name])
+        return batched.inferences, batched.executions, models[self._name].cache_hits
 
     def _mean_batch(self, before: tuple[int, int, int]) -> float | None:
         now = self._counts()

@@ -6,11 +6,15 @@ import asyncio
 import itertools
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from client import BenchError, QueueFull
+from client import BenchError, Client, QueueFull
 from client.bench.loadgen import arrivals, closed_loop, open_loop, percentile
+from client.bench.served import Variant
+from client.bench.summary import BenchModel
 
 
 def payloads() -> Iterator[bytes]:
@@ -117,3 +121,25 @@ def test_a_point_without_an_answer_is_an_error() -> None:
 
     with pytest.raises(BenchError, match="no request was answered"):
         asyncio.run(open_loop(send, payloads(), [0.0], lambda error: True))
+
+
+@pytest.mark.parametrize(
+    ("names", "batch"),
+    [(("m",), 2.0), (("m", "m_tokenize", "m_engine"), 8.0), (("m", "other_engine"), 2.0)],
+)
+def test_the_batches_of_an_ensemble_are_its_engine_s(names: tuple[str, ...], batch: float) -> None:
+    counts = {"m": (40, 20, 3), "m_engine": (80, 10, 0)}
+
+    def status() -> Any:
+        models = []
+        for name in names:
+            inferences, executions, hits = counts.get(name, (7, 7, 7))
+            models.append(
+                SimpleNamespace(name=name, inferences=inferences, executions=executions, cache_hits=hits)
+            )
+        return SimpleNamespace(models=models)
+
+    client = cast("Client", SimpleNamespace(status=status))
+    variant = Variant(client, "", cast("BenchModel", None), "m")
+    assert variant._counts()[2] == 3
+    assert variant._mean_batch((0, 0, 0)) == batch
