@@ -173,12 +173,23 @@ def test_the_build_writes_the_repository_of_what_it_built(
 STACK = 'card = "rtx-5070-ti"\ntargets = ["tensorrt"]\n'
 FAKE_DOCKER = """#!/bin/sh
 [ "$1 $2" = "compose version" ] && exit "$NO_COMPOSE"
+case "$*" in *"ps --all --quiet serve") echo onecard-serve-1; exit;; esac
+if [ "$1" = inspect ]; then  # the first answer, the next time the second, the last one ever after
+  [ "${4}" = onecard-serve-1 ] || exit 1
+  read -r state rest <"$STATES"; echo "${state/-/ }"; [ -z "$rest" ] || echo "$rest" >"$STATES"; exit
+fi
 echo "$@ [$ONECARD_STACK_FILE in $ONECARD_STACK_DIR]" >>"$CALLS"
-case "$*" in *"up --detach"*) exit "$NOT_READY";; esac
 """
 
 
-def up(folder: Path, *arguments: str, gpu: bool = True, docker: bool = True, **settings: str) -> Any:
+def up(
+    folder: Path,
+    *arguments: str,
+    gpu: bool = True,
+    docker: bool = True,
+    states: str = "0-healthy",
+    **settings: str,
+) -> Any:
     """Run up.sh with a docker and an nvidia-smi of ours, and nothing else of the machine but the basics."""
     tools = folder / "bin"
     tools.mkdir()
@@ -189,7 +200,11 @@ def up(folder: Path, *arguments: str, gpu: bool = True, docker: bool = True, **s
         if wanted:
             (tools / name).write_text(text.replace("#!/bin/sh", "#!/bin/bash"))
             (tools / name).chmod(0o755)
-    environment = {"PATH": str(tools), "CALLS": str(folder / "calls"), "NO_COMPOSE": "0", "NOT_READY": "0"}
+    (tools / "sleep").write_text("#!/bin/bash\n")
+    (tools / "sleep").chmod(0o755)
+    (folder / "states").write_text(f"{states}\n")
+    environment = {"PATH": str(tools), "CALLS": str(folder / "calls"), "STATES": str(folder / "states")}
+    environment["NO_COMPOSE"] = "0"
     return subprocess.run(
         ["bash", str(DOCKER / "up.sh"), *arguments],
         capture_output=True,
@@ -201,7 +216,8 @@ def up(folder: Path, *arguments: str, gpu: bool = True, docker: bool = True, **s
 
 def test_up_builds_then_serves_then_asks(tmp_path: Path) -> None:
     (tmp_path / "own.toml").write_text(STACK)
-    done = up(tmp_path, str(tmp_path / "own.toml"))
+    done = up(tmp_path, str(tmp_path / "own.toml"), states="0-starting 0-starting 0-healthy")
+    assert (tmp_path / "states").read_text() == "0-healthy\n"
     assert done.returncode == 0, done.stderr
     calls = (tmp_path / "calls").read_text().splitlines()
     assert all(call.endswith(f"[own.toml in {tmp_path}]") for call in calls)
@@ -209,17 +225,21 @@ def test_up_builds_then_serves_then_asks(tmp_path: Path) -> None:
     assert words == [
         "--profile build --profile client build",
         "run --rm build",
-        "up --detach --force-recreate --wait serve",
+        "up --detach --force-recreate serve",
         "run --rm client status",
     ]
 
 
-def test_a_server_that_does_not_come_up_shows_its_log(tmp_path: Path) -> None:
+@pytest.mark.parametrize("states", ["0-starting 1-starting 0-healthy", "0-starting 0-unhealthy"])
+def test_a_server_that_does_not_come_up_shows_its_log_and_is_stopped(tmp_path: Path, states: str) -> None:
+    """Docker would start one that ended again and again, and its health be "starting" each time."""
     (tmp_path / "own.toml").write_text(STACK)
-    done = up(tmp_path, str(tmp_path / "own.toml"), NOT_READY="1")
+    done = up(tmp_path, str(tmp_path / "own.toml"), states=states)
     assert done.returncode == 1
     assert "the server did not become ready" in done.stderr
-    assert "logs --tail 40 serve" in (tmp_path / "calls").read_text().splitlines()[-1]
+    *_, log, stop = (tmp_path / "calls").read_text().splitlines()
+    assert "logs --tail 40 serve" in log
+    assert "stop serve" in stop
 
 
 @pytest.mark.parametrize(
@@ -228,6 +248,7 @@ def test_a_server_that_does_not_come_up_shows_its_log(tmp_path: Path) -> None:
         (STACK, [], {}, "one stack file is needed"),
         (STACK, ["none.toml"], {}, "none.toml: no such file"),
         (STACK.replace("tensorrt", "tensorrt-rtx"), ["own.toml"], {}, 'do not name "tensorrt"'),
+        (f"{STACK}[models.a]\ntarget = 'tensorrt-llm'\n", ["own.toml"], {}, "needs another image"),
         (STACK, ["own.toml"], {"docker": False}, "docker is not installed"),
         (STACK, ["own.toml"], {"NO_COMPOSE": "1"}, "docker has no compose command"),
         (STACK, ["own.toml"], {"gpu": False}, "no NVIDIA GPU answers"),
