@@ -1,30 +1,33 @@
-"""The order of a run: ceilings, models, engines against Transformers, memory, Triton; tables at its end."""
+"""The order of a run: what tells most comes first, and what the time is too short for is named.
+
+Limits; engines of the first target that runs here beside PyTorch as it is, the LLM before the encoders; the
+same beside compiled PyTorch; memory; Triton; the other targets. Tables are written after each part.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Final
 
-from build_engines.cards import RTX_COMPUTE_CAPABILITIES
 from build_engines.errors import ArtifactError
 from build_engines.gpu import machine
-from build_engines.gpu.building import usable_targets
+from build_engines.gpu.building import is_portable, usable_targets
 from build_engines.gpu.ceilings import measure_ceilings
 from build_engines.gpu.decoders import measure_decoders
 from build_engines.gpu.encoders import measure_encoders
 from build_engines.gpu.memory import measure_memory
-from build_engines.gpu.models import write_models, write_stack_file
+from build_engines.gpu.models import write_stack_file
 from build_engines.gpu.report import write_files
 from build_engines.gpu.results import Clock, Results, Say, Skipped
-from build_engines.gpu.served import measure_served
-from build_engines.gpu.settings import Run, Settings
+from build_engines.gpu.served import cannot_serve, measure_served
+from build_engines.gpu.settings import Race, Run, Settings
 from build_engines.stack import load_stack
 
 _CEILINGS_S: Final = 60.0
-_MODELS_S: Final = 180.0
-# Kept back for the last two parts, as shares of all the time there is.
-_MEMORY, _SERVED = 0.10, 0.20
+# Kept back for later parts, as shares of all the time there is.
+_ENCODERS, _MEMORY, _SERVED = 0.20, 0.12, 0.22
 _STAND_IN: Final = "12.0"  # where there is no GPU: the planned card's
 
 
@@ -48,7 +51,7 @@ def run_bench(settings: Settings, say: Say) -> Results:
             _parts(run, why)
     finally:
         write_files(results, settings.folder)
-    if not [row for row in results.measured() if row.part != "build"]:
+    if not [row for row in results.measured() if row.part not in {"machine", "build"}]:
         reason = next((row.reason for row in results.rows), "no part ran")
         raise ArtifactError(
             f"nothing could be measured: {reason}",
@@ -77,29 +80,35 @@ def _parts(run: Run, why: str) -> None:
     run.ceilings = measure_ceilings(side, settings.device, run.results, settings.ceilings, _CEILINGS_S)
     run.drop("ceilings")
     targets = usable_targets(run)
-    with run.results.case("build", "models"):
-        _write_models(run, targets)
-    if run.stack is None:
-        return
-    whole = 60 * settings.minutes
-    kept = (_MEMORY + _SERVED) * whole
-    for measure, seconds in (
-        (measure_encoders, lambda: 0.5 * (clock.left - kept)),
-        (measure_decoders, lambda: clock.left - kept),
-        (measure_memory, lambda: clock.left - _SERVED * whole),
-        (measure_served, lambda: clock.left),
-    ):
-        measure(run, targets, clock.part(seconds()))
+    _write_stack(run, targets)
+    encoders, memory, served = (60 * settings.minutes * share for share in (_ENCODERS, _MEMORY, _SERVED))
+    if not targets:
+        memory = served = 0.0
+    elif cannot_serve():
+        served = 0.0
+
+    def part(measure: Callable[..., None], kept: float, *race: Race) -> None:
+        measure(run, targets, clock.part(clock.left - kept), *race)
         write_files(run.results, settings.folder)  # whatever ends the next part, this is there
 
+    part(measure_decoders, encoders + memory + served, Race())
+    part(measure_encoders, memory + served, Race())
+    if settings.compiled:
+        left = clock.left - memory - served  # half of it for the LLM
+        part(measure_decoders, left / 2 + memory + served, Race(compiled=True))
+        part(measure_encoders, memory + served, Race(compiled=True))
+    part(measure_memory, served)
+    part(measure_served, 0.0)
+    if len(targets) > 1:
+        part(measure_decoders, clock.left / 2, Race(every=True))
+        part(measure_encoders, 0.0, Race(every=True))
 
-def _write_models(run: Run, targets: list[str]) -> None:
-    """Checkpoints, in a side process because that needs PyTorch; then the stack of the usable targets."""
-    settings = run.settings
-    folder = settings.folder.absolute()
-    run.side("build").call(write_models, folder, settings.sizes, seconds=_MODELS_S)
+
+def _write_stack(run: Run, targets: list[str]) -> None:
+    """The stack of the usable targets; its checkpoints are written when their turn comes."""
+    folder = run.settings.folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
     capability = run.card.compute_capability if run.card else _STAND_IN
-    # Where the library does not compile for this card, its engines for several cards may run on it.
-    portable = "tensorrt-rtx" in targets and capability not in RTX_COMPUTE_CAPABILITIES
-    path = write_stack_file(folder, settings.sizes, targets or ["onnxruntime"], capability, portable)
+    portable = is_portable(targets, capability)
+    path = write_stack_file(folder, run.settings.sizes, targets or ["onnxruntime"], capability, portable)
     run.stack = load_stack(path, build_dir=folder / "build")

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from build_engines.gpu import baselines, contenders
-from build_engines.gpu.building import build_engine
-from build_engines.gpu.encoders import COMPILE_S, LOAD_S, TORCH, WAYS
+from build_engines.gpu.building import build_engine, write_checkpoint
+from build_engines.gpu.encoders import COMPILE_LEAST_S, COMPILE_S, LOAD_S, TORCH, WAYS, all_of
 from build_engines.gpu.models import LLM, Sizes
 from build_engines.gpu.results import Clock, Row
-from build_engines.gpu.settings import Run
+from build_engines.gpu.settings import Race, Run
 from build_engines.gpu.timing import summary
 
 _PROMPT: Final = 0  # the batch that stands for the prompt itself
@@ -39,11 +39,22 @@ class _Contender:
     times: dict[tuple[int, str], list[float]] = field(default_factory=dict)
 
 
-def measure_decoders(run: Run, targets: Sequence[str], clock: Clock) -> None:
+def measure_decoders(run: Run, targets: Sequence[str], clock: Clock, race: Race) -> None:
     """Rows for the LLM."""
-    racing = [*_engines(run, targets, clock), *_torch(run, clock)]
-    sizes = run.settings.sizes
+    with run.results.case("decoders", all_of("batches", race), model=LLM):
+        clock.need(10 if run.settings.on_gpu else 1)
+        if write_checkpoint(run, clock, LLM):
+            _measure(run, targets, clock, race)
+
+
+def _measure(run: Run, targets: Sequence[str], clock: Clock, race: Race) -> None:
+    sizes, racing = run.settings.sizes, list[_Contender]()
+    for target in targets:
+        racing += _engines(run, target, clock)
+        if racing and not race.every:
+            break
     try:
+        racing += _torch(run, clock, compiled=race.compiled)
         for turn in range(1 + run.settings.rounds):  # the first does not count, as with encoders
             if turn > 1 and not clock.left:
                 break
@@ -58,7 +69,7 @@ def measure_decoders(run: Run, targets: Sequence[str], clock: Clock) -> None:
         _report(run, contender)
 
 
-def _torch(run: Run, clock: Clock) -> list[_Contender]:
+def _torch(run: Run, clock: Clock, *, compiled: bool) -> list[_Contender]:
     settings, side, found = run.settings, run.side(TORCH), list[_Contender]()
     sizes = settings.sizes
     assert run.stack is not None
@@ -68,48 +79,47 @@ def _torch(run: Run, clock: Clock) -> list[_Contender]:
         found.append(
             _Contender(baselines.EAGER, TORCH, baselines.time_prompt, baselines.time_decode, sizes.batches)
         )
-    if not found or not settings.compiled:
+    if not found or not compiled:
         return found
-    compiled: dict[int, str] = {}
+    modes: dict[int, str] = {}
     for batch in sizes.batches:
         with run.results.case("decoders", step(batch), model=LLM, contender=baselines.COMPILED) as outcome:
-            limit = min(COMPILE_S, clock.need(5) / 2)
-            compiled[batch] = side.call(baselines.compile_llm, batch, sizes.prompt, sizes.new, seconds=limit)
+            limit = min(COMPILE_S, clock.need(COMPILE_LEAST_S))
+            modes[batch] = side.call(baselines.compile_llm, batch, sizes.prompt, sizes.new, seconds=limit)
         if not outcome.measured:
             break
     if side.lost:
         with run.results.case("decoders", "load again", model=LLM, contender=baselines.EAGER) as outcome:
             side.call(*load, seconds=LOAD_S)
         return found if outcome.measured else []
-    if compiled:
-        note = f"static cache, torch.compile, mode {', '.join(sorted(set(compiled.values())))}"
+    if modes:
+        note = f"static cache, torch.compile, mode {', '.join(sorted(set(modes.values())))}"
         found.append(
-            _Contender(baselines.COMPILED, TORCH, None, baselines.time_decode, list(compiled), note=note)
+            _Contender(baselines.COMPILED, TORCH, None, baselines.time_decode, list(modes), note=note)
         )
     return found
 
 
-def _engines(run: Run, targets: Sequence[str], clock: Clock) -> list[_Contender]:
+def _engines(run: Run, target: str, clock: Clock) -> list[_Contender]:
     sizes, found = run.settings.sizes, list[_Contender]()
-    for target in targets:
-        for precision in sizes.llm_precisions:
-            folder = build_engine(run, clock, LLM, precision, target)
-            if folder is None:
-                continue
-            contender = f"{target} {precision}"
-            with run.results.case("decoders", "load", model=LLM, contender=contender):
-                seconds = run.side(target).call(contenders.load_decoder, contender, folder, seconds=LOAD_S)
-                run.results.add(_opened(contender, seconds))
-                found.append(
-                    _Contender(
-                        contender,
-                        target,
-                        contenders.time_prompt,
-                        contenders.time_decode,
-                        [batch for batch in sizes.batches if batch <= sizes.slots],
-                        weight=1 if precision.startswith("int8") else 2,
-                    )
+    for precision in sizes.llm_precisions:
+        folder = build_engine(run, clock, LLM, precision, target)
+        if folder is None:
+            continue
+        contender = f"{target} {precision}"
+        with run.results.case("decoders", "load", model=LLM, contender=contender):
+            seconds = run.side(target).call(contenders.load_decoder, contender, folder, seconds=LOAD_S)
+            run.results.add(_opened(contender, seconds))
+            found.append(
+                _Contender(
+                    contender,
+                    target,
+                    contenders.time_prompt,
+                    contenders.time_decode,
+                    [batch for batch in sizes.batches if batch <= sizes.slots],
+                    weight=1 if precision.startswith("int8") else 2,
                 )
+            )
     return found
 
 

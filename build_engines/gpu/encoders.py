@@ -11,16 +11,17 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from build_engines.gpu import baselines, contenders
-from build_engines.gpu.building import build_engine
+from build_engines.gpu.building import build_engine, write_checkpoint
 from build_engines.gpu.models import ENCODERS
 from build_engines.gpu.results import Clock, Row
-from build_engines.gpu.settings import Run
+from build_engines.gpu.settings import Race, Run
 from build_engines.gpu.timing import summary
 
 WAYS: Final = ("device", "host")
 TORCH: Final = "torch"
 LOAD_S: Final = 150.0
 COMPILE_S: Final = 90.0
+COMPILE_LEAST_S: Final = 20.0  # less is time lost
 
 Shape = tuple[int, int]
 
@@ -40,20 +41,33 @@ class _Contender:
     times: dict[tuple[Shape, str], list[float]] = field(default_factory=dict)
 
 
-def measure_encoders(run: Run, targets: Sequence[str], clock: Clock) -> None:
-    """Rows for all encoders; each gets an equal part of the time that is left."""
+def measure_encoders(run: Run, targets: Sequence[str], clock: Clock, race: Race) -> None:
+    """Rows for all encoders. Each gets an equal part of the time, or in a race beyond the first all of it."""
     names = list(ENCODERS)
     for place, name in enumerate(names):
-        with run.results.case("encoders", "all shapes", model=name):
-            share = clock.part(clock.left / (len(names) - place))
+        with run.results.case("encoders", all_of("shapes", race), model=name):
+            share = clock if race != Race() else clock.part(clock.left / (len(names) - place))
             share.need(10 if run.settings.on_gpu else 1)
-            _measure(run, name, targets, share)
+            if write_checkpoint(run, share, name):
+                _measure(run, name, targets, share, race)
 
 
-def _measure(run: Run, name: str, targets: Sequence[str], clock: Clock) -> None:
+def all_of(cases: str, race: Race) -> str:
+    """How a whole race is called where there is no time for it."""
+    if race.every:
+        return f"all {cases}, every target"
+    return f"all {cases}, compiled" if race.compiled else f"all {cases}"
+
+
+def _measure(run: Run, name: str, targets: Sequence[str], clock: Clock, race: Race) -> None:
     # Engines first: without them there is nothing to compare.
-    racing = [*_engines(run, name, targets, clock), *_torch(run, name, clock)]
+    racing: list[_Contender] = []
+    for target in targets:
+        racing += _engines(run, name, target, clock)
+        if racing and not race.every:
+            break
     try:
+        racing += _torch(run, name, clock, compiled=race.compiled)
         # The first turn does not count: libraries compile kernels for a shape behind the first runs of it.
         for turn in range(1 + run.settings.rounds):
             if turn > 1 and not clock.left:
@@ -69,7 +83,7 @@ def _measure(run: Run, name: str, targets: Sequence[str], clock: Clock) -> None:
         _report(run, name, contender)
 
 
-def _torch(run: Run, name: str, clock: Clock) -> list[_Contender]:
+def _torch(run: Run, name: str, clock: Clock, *, compiled: bool) -> list[_Contender]:
     """Eager always, compiled at the shapes where it compiles."""
     settings, side, found = run.settings, run.side(TORCH), list[_Contender]()
     shapes = settings.sizes.shapes
@@ -79,48 +93,47 @@ def _torch(run: Run, name: str, clock: Clock) -> list[_Contender]:
     with run.results.case("encoders", "load", model=name, contender=baselines.EAGER):
         side.call(*load, seconds=LOAD_S)
         found.append(_Contender(baselines.EAGER, TORCH, baselines.time_encoder, shapes))
-    if not found or not settings.compiled:
+    if not found or not compiled:
         return found
-    compiled: dict[Shape, str] = {}
+    modes: dict[Shape, str] = {}
     for shape in shapes:
         with run.results.case("encoders", label(shape), model=name, contender=baselines.COMPILED) as outcome:
-            limit = min(COMPILE_S, clock.need(5) / 2)
-            compiled[shape] = side.call(baselines.compile_encoder, shape, seconds=limit)
+            limit = min(COMPILE_S, clock.need(COMPILE_LEAST_S))
+            modes[shape] = side.call(baselines.compile_encoder, shape, seconds=limit)
         if not outcome.measured:
             break  # what does not compile for one shape does not for the next, and takes its time
     if side.lost:  # a compilation that hung was ended, and the loaded model with it
         with run.results.case("encoders", "load again", model=name, contender=baselines.EAGER) as outcome:
             side.call(*load, seconds=LOAD_S)
         return found if outcome.measured else []
-    if compiled:
-        note = f"torch.compile, mode {', '.join(sorted(set(compiled.values())))}"
-        found.append(_Contender(baselines.COMPILED, TORCH, baselines.time_encoder, list(compiled), note=note))
+    if modes:
+        note = f"torch.compile, mode {', '.join(sorted(set(modes.values())))}"
+        found.append(_Contender(baselines.COMPILED, TORCH, baselines.time_encoder, list(modes), note=note))
     return found
 
 
-def _engines(run: Run, name: str, targets: Sequence[str], clock: Clock) -> list[_Contender]:
+def _engines(run: Run, name: str, target: str, clock: Clock) -> list[_Contender]:
     sizes, found = run.settings.sizes, list[_Contender]()
-    for target in targets:
-        for precision in sizes.encoder_precisions:
-            folder = build_engine(run, clock, name, precision, target)
-            if folder is None:
-                continue
-            contender = f"{target} {precision}"
-            with run.results.case("encoders", "load", model=name, contender=contender):
-                seconds = run.side(target).call(
-                    contenders.load_encoder, contender, folder, sizes.encoder.vocabulary, seconds=LOAD_S
+    for precision in sizes.encoder_precisions:
+        folder = build_engine(run, clock, name, precision, target)
+        if folder is None:
+            continue
+        contender = f"{target} {precision}"
+        with run.results.case("encoders", "load", model=name, contender=contender):
+            seconds = run.side(target).call(
+                contenders.load_encoder, contender, folder, sizes.encoder.vocabulary, seconds=LOAD_S
+            )
+            run.results.add(_opened(name, contender, seconds))
+            found.append(
+                _Contender(
+                    contender,
+                    target,
+                    contenders.time_encoder,
+                    sizes.shapes,
+                    weight=1 if precision.startswith("int8") else 2,
+                    integer=precision == "int8",
                 )
-                run.results.add(_opened(name, contender, seconds))
-                found.append(
-                    _Contender(
-                        contender,
-                        target,
-                        contenders.time_encoder,
-                        sizes.shapes,
-                        weight=1 if precision.startswith("int8") else 2,
-                        integer=precision == "int8",
-                    )
-                )
+            )
     return found
 
 

@@ -54,7 +54,7 @@ def measure_memory(run: Run, targets: Sequence[str], clock: Clock, used: Used | 
         before = used()
     if not outcome.measured or used is None:
         return
-    run.drop("build")  # what judged the engines holds them still
+    run.drop_all()
     opened: list[_Opened] = []
     try:
         _hold_ballast(run, clock)

@@ -63,7 +63,7 @@ class Sizes:
     llm: RandomLlama = field(default_factory=one_billion)
     shapes: tuple[tuple[int, int], ...] = ((1, 32), (8, 64), (32, 128), (64, 256))
     encoder_precisions: tuple[str, ...] = ("fp16", "int8")
-    llm_precisions: tuple[str, ...] = ("fp16", "int8-weights")
+    llm_precisions: tuple[str, ...] = ("int8-weights", "fp16")
     slots: int = 16
     capacity: int = 2048
     chunk: int = 512
@@ -81,12 +81,19 @@ class Sizes:
 
 
 def write_models(folder: Path, sizes: Sizes) -> None:
-    """Checkpoints and texts in `folder`; what is there and the same is kept."""
+    """All checkpoints, and the texts, in `folder`; what is there and the same is kept."""
+    for name in (*ENCODERS, LLM):
+        write_model(folder, name, sizes)
+
+
+def write_model(folder: Path, name: str, sizes: Sizes) -> None:
+    """One checkpoint, and the texts, in `folder`; what is there and the same is kept."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, task in ENCODERS.items():
-        write_encoder(folder / "models" / name, task, sizes.encoder)
-    write_random_llm(folder / "models" / LLM, sizes.llm)
     _write_texts(folder / "texts")
+    if name == LLM:
+        write_random_llm(folder / "models" / name, sizes.llm)
+    else:
+        write_encoder(folder / "models" / name, ENCODERS[name], sizes.encoder)
 
 
 def write_stack_file(

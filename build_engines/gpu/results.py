@@ -87,9 +87,16 @@ class Results:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def add(self, row: Row) -> None:
-        """Keep a row; what fails or is skipped in the same way in every round is one row."""
-        if row.status == "measured" or row not in self.rows:
-            self.rows.append(row)
+        """Keep a row; a figure that is measured again takes the first one's place, and its reason's."""
+        if row.status != "measured":
+            if row not in self.rows:  # what fails in the same way in every round is one row
+                self.rows.append(row)
+            return
+        for place, known in enumerate(self.rows):
+            if _same(known, row):
+                self.rows[place] = row
+                return
+        self.rows.append(row)
 
     @contextmanager
     def case(self, part: Part, case: str, *, model: str = "", contender: str = "") -> Iterator[Outcome]:
@@ -106,6 +113,11 @@ class Results:
 
     def measured(self, part: Part | None = None) -> list[Row]:
         return [row for row in self.rows if row.status == "measured" and part in {None, row.part}]
+
+
+def _same(known: Row, row: Row) -> bool:
+    names = ("part", "case", "model", "contender", "way")
+    return known.status == "measured" and all(getattr(known, name) == getattr(row, name) for name in names)
 
 
 def said(error: BaseException) -> str:

@@ -42,9 +42,21 @@ class Settings:
         return self.device == "cuda"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Race:
+    """Who takes part beside PyTorch as it is: `compiled` PyTorch; engines of `every` target, or of the first
+    that has any."""
+
+    compiled: bool = False
+    every: bool = False
+
+
 @dataclass(slots=True, kw_only=True)
 class Run:
-    """The running benchmark: results so far, what is left of the time, and the side processes."""
+    """The running benchmark: results so far, what is left of the time, and the side processes.
+
+    `built`: the folder of each model, precision and target that was built; None where that failed.
+    """
 
     settings: Settings
     results: Results
@@ -53,6 +65,7 @@ class Run:
     sides: ExitStack
     stack: Stack | None = None
     ceilings: Ceilings = field(default_factory=Ceilings)
+    built: dict[tuple[str, str, str], Path | None] = field(default_factory=dict)
     _sides: dict[str, Side] = field(default_factory=dict)
 
     def side(self, name: str) -> Side:
@@ -66,6 +79,11 @@ class Run:
         """End that process, and with it what it holds of the card."""
         if name in self._sides:
             self._sides.pop(name).close()
+
+    def drop_all(self) -> None:
+        """End every process: nothing of this run is on the card then."""
+        for name in list(self._sides):
+            self.drop(name)
 
     @property
     def engines_folder(self) -> Path:

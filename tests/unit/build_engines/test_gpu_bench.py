@@ -183,7 +183,9 @@ def test_a_gpu_that_nothing_installed_can_use_gives_reasons_and_an_error(
 ) -> None:
     monkeypatch.setattr(machine, "find_card", lambda device=0: GPU)
     built = Row(part="build", case="fp16", value=1.0, unit="s")  # that alone is no measurement
-    monkeypatch.setattr(command, "_write_models", lambda run, targets: run.results.add(built))
+    monkeypatch.setattr(command, "_write_stack", lambda run, targets: run.results.add(built))
+    for part in ("decoders", "encoders", "memory", "served"):
+        monkeypatch.setattr(command, f"measure_{part}", lambda *_: None)
     broken = replace(settings(tmp_path), device="cuda", targets=("tensorrt",))
     with pytest.raises(ArtifactError, match="nothing could be measured"):
         run_bench(broken, lambda text: None)
