@@ -18,6 +18,7 @@ from build_engines.gpu.sides import Side
 
 _REPEATS: Final = 15
 _WARM_UP: Final = 4
+TORCH: Final = "torch"  # the side process of all that PyTorch does
 UNITS: Final = {
     "copy": "GB/s",
     "read": "GB/s",
@@ -95,6 +96,9 @@ def measure(name: str, device: str, sizes: Sizes) -> tuple[float, float, float]:
     with torch.inference_mode():
         run, amount = _WORK[name](torch, device, sizes)
         times = sorted(timed(torch, device, run, _REPEATS))
+    del run  # and its buffers
+    if device == "cuda":
+        torch.cuda.empty_cache()
     figures = sorted(amount / seconds if amount else 1e6 * seconds for seconds in times)
     tenth = len(figures) // 10
     return figures[tenth], statistics.median(figures), figures[-1 - tenth]

@@ -14,7 +14,7 @@ from typing import Final
 from build_engines.errors import ArtifactError
 from build_engines.gpu import machine
 from build_engines.gpu.building import is_portable, usable_targets
-from build_engines.gpu.ceilings import measure_ceilings
+from build_engines.gpu.ceilings import TORCH, measure_ceilings
 from build_engines.gpu.decoders import measure_decoders
 from build_engines.gpu.encoders import measure_encoders
 from build_engines.gpu.memory import measure_memory
@@ -76,9 +76,8 @@ def _parts(run: Run, why: str) -> None:
             raise Skipped(why)
     if not outcome.measured:
         return
-    side = run.side("ceilings")
+    side = run.side(TORCH)
     run.ceilings = measure_ceilings(side, settings.device, run.results, settings.ceilings, _CEILINGS_S)
-    run.drop("ceilings")
     targets = usable_targets(run)
     _write_stack(run, targets)
     encoders, memory, served = (60 * settings.minutes * share for share in (_ENCODERS, _MEMORY, _SERVED))

@@ -15,7 +15,8 @@ from typing import Final
 
 from build_engines.gpu import baselines, contenders
 from build_engines.gpu.building import build_engine, write_checkpoint
-from build_engines.gpu.encoders import COMPILE_LEAST_S, COMPILE_S, LOAD_S, TORCH, WAYS, all_of
+from build_engines.gpu.ceilings import TORCH
+from build_engines.gpu.encoders import COMPILE_LEAST_S, COMPILE_S, LOAD_S, WAYS, all_of, release
 from build_engines.gpu.models import LLM, Sizes
 from build_engines.gpu.results import Clock, Row
 from build_engines.gpu.settings import Race, Run
@@ -63,8 +64,7 @@ def _measure(run: Run, targets: Sequence[str], clock: Clock, race: Race) -> None
                     if not _timed(run, contender, batch, counts=turn > 0):
                         racing.remove(contender)
     finally:
-        for side in (TORCH, *targets):
-            run.drop(side)
+        release(run, targets)
     for contender in racing:
         _report(run, contender)
 

@@ -6,19 +6,20 @@ network is timed. "host": arrays come from the host's memory and the answer goes
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from build_engines.gpu import baselines, contenders
 from build_engines.gpu.building import build_engine, write_checkpoint
+from build_engines.gpu.ceilings import TORCH
 from build_engines.gpu.models import ENCODERS
-from build_engines.gpu.results import Clock, Row
+from build_engines.gpu.results import Clock, Failed, Row
 from build_engines.gpu.settings import Race, Run
 from build_engines.gpu.timing import summary
 
 WAYS: Final = ("device", "host")
-TORCH: Final = "torch"
 LOAD_S: Final = 150.0
 COMPILE_S: Final = 90.0
 COMPILE_LEAST_S: Final = 20.0  # less is time lost
@@ -77,10 +78,17 @@ def _measure(run: Run, name: str, targets: Sequence[str], clock: Clock, race: Ra
                     if not _timed(run, name, contender, shape, counts=turn > 0):
                         racing.remove(contender)
     finally:
-        for target in targets:
-            run.drop(target)  # what it holds of the card is the next model's
+        release(run, targets)
     for contender in racing:
         _report(run, name, contender)
+
+
+def release(run: Run, targets: Sequence[str]) -> None:
+    """Give the card back: engines' processes end; PyTorch's, which is long in starting, forgets its model."""
+    for target in targets:
+        run.drop(target)
+    with contextlib.suppress(Failed):  # it ended by itself, and says so where it is called next
+        run.side(TORCH).call(baselines.free, seconds=LOAD_S)
 
 
 def _torch(run: Run, name: str, clock: Clock, *, compiled: bool) -> list[_Contender]:

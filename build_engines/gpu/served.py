@@ -38,6 +38,7 @@ def measure_served(run: Run, targets: Sequence[str], clock: Clock) -> None:
             raise Skipped("no engine was built")
         return
     settings, stack = run.settings, run.stack
+    run.drop_all()
     with run.results.case("served", "server", contender=target):
         given = (stack.path, stack.build_dir, target, built)
         left = clock.need(30)

@@ -8,7 +8,7 @@ import pytest
 
 from build_engines.gpu import served
 from build_engines.gpu.building import build_one
-from build_engines.gpu.models import EncoderSize, Sizes, write_models, write_stack_file
+from build_engines.gpu.models import EncoderSize, Sizes, write_model, write_stack_file
 from build_engines.random_model import RandomLlama
 
 pytestmark = pytest.mark.serving
@@ -23,10 +23,10 @@ def test_requests_and_streams_stand_beside_the_bare_engine(tmp_path: Path) -> No
         capacity=256,
         chunk=64,
     )
-    write_models(tmp_path, sizes)
     path = write_stack_file(tmp_path, sizes, ["onnxruntime"], "12.0", portable=False)
     built = {"reranker": ("fp16",), "assistant": ("fp16",)}
     for name in built:
+        write_model(tmp_path, name, sizes)
         build_one(path, tmp_path / "build", (name, "fp16", "onnxruntime"))
     rows = served.serve(path, tmp_path / "build", "onnxruntime", built, 0.2, 120)
     found = {(row.model, row.case): row for row in rows}
