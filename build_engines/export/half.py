@@ -2,8 +2,8 @@
 
 Types are followed node by node from the operators' own schemas. A node stays in float32 when FP16 would not
 hold what it computes: the pooling and output tail, and a Q or DQ whose scale is below FP16's normal range
-(its relative error would reach percents). Casts go where the two meet. INT8 weights and zero points stay as
-they are, and graph inputs and outputs keep their types.
+(its relative error would reach percents), with those of the other operand of its MatMul. Casts go where the
+two meet. INT8 weights and zero points stay as they are, and graph inputs and outputs keep their types.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class _Halver:
         self.opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
         self.arrays = {tensor.name: tensor for tensor in model.graph.initializer}
         self.types = self._follow_types()
+        self.float_scales = self._find_float_scales()
         self.now = dict(self.types)
         self.nodes: list[onnx.NodeProto] = []
         self.casts: dict[tuple[str, int], str] = {}
@@ -158,10 +159,22 @@ class _Halver:
         if node.op_type in ("Constant", "ConstantOfShape"):
             # Without a tensor to convert these make float32 numbers only.
             return all(attribute.name != "value" for attribute in node.attribute)
-        if node.op_type not in _QUANTIZERS or node.input[1] not in self.arrays:
-            return False
-        scale = np.abs(_array(self.arrays[node.input[1]]))
-        return bool(scale.size) and float(scale.min()) < _FP16_TINY
+        return node.op_type in _QUANTIZERS and node.input[1] in self.float_scales
+
+    def _find_float_scales(self) -> set[str]:
+        """The scales that FP16 does not hold, and the other scale of each INT8 product that has one.
+
+        TensorRT refuses a product whose operands have scales of two types.
+        """
+        quantizers = [node for node in self.model.graph.node if node.op_type in _QUANTIZERS]
+        scale_of = {node.output[0]: node.input[1] for node in quantizers if node.input[1] in self.arrays}
+        small = {name for name in scale_of.values() if _below_half(self.arrays[name])}
+        found = set(small)
+        for node in self.model.graph.node:
+            if node.op_type == "MatMul":
+                scales = {scale_of[name] for name in node.input if name in scale_of}
+                found |= scales if scales & small else set()
+        return found
 
     def _as(self, name: str, target: int) -> str:
         """The tensor `name` in the type `target`, through an initializer of that type or one shared Cast."""
@@ -224,6 +237,12 @@ def _only_type(formal: onnx.defs.OpSchema.FormalParameter, node: onnx.NodeProto)
         )
     (allowed,) = formal.types
     return int(TensorProto.DataType.Value(allowed.removeprefix("tensor(").removesuffix(")").upper()))
+
+
+def _below_half(scale: onnx.TensorProto) -> bool:
+    """Whether one of its numbers is below FP16's normal range."""
+    magnitude = np.abs(_array(scale))
+    return bool(magnitude.size) and float(magnitude.min()) < _FP16_TINY
 
 
 def _array(tensor: onnx.TensorProto) -> Array:

@@ -166,19 +166,25 @@ class _Lowering:
         """A MatMul of a dequantized signed activation by a dequantized constant."""
         if node.op_type != "MatMul":
             return False
-        inputs = [self.producer.get(name) for name in node.input]
-        if any(found is None or found.op_type != "DequantizeLinear" for found in inputs):
+        inputs = [self._before_casts(name)[-1] for name in node.input if name in self.producer]
+        if len(inputs) < 2 or any(found.op_type != "DequantizeLinear" for found in inputs):
             return False
-        activation = inputs[0]
-        assert activation is not None
-        quantize = self.producer.get(activation.input[0])
+        quantize = self.producer.get(inputs[0].input[0])
         return quantize is not None and quantize.op_type == "QuantizeLinear"
+
+    def _before_casts(self, name: str) -> list[onnx.NodeProto]:
+        """The node that computes `name`, last, and the casts after it: widened, they change nothing."""
+        nodes = [self.producer[name]]
+        while nodes[-1].op_type == "Cast" and nodes[-1].input[0] in self.producer:
+            nodes.append(self.producer[nodes[-1].input[0]])
+        return nodes
 
     def _replaced_by_lowering(self, node: onnx.NodeProto) -> list[str]:
         if not self._is_static(node):
             return []
-        activation, weight = (self.producer[name] for name in node.input)
-        names = [activation.name, self.producer[activation.input[0]].name, weight.name]
+        operands = [self._before_casts(name) for name in node.input]
+        names = [found.name for nodes in operands for found in nodes]
+        names.append(self.producer[operands[0][-1].input[0]].name)
         bias = self._bias(node)
         return [*names, bias.name] if bias is not None else names
 
@@ -191,7 +197,7 @@ class _Lowering:
     def _lower(self, node: onnx.NodeProto) -> None:
         from onnx import helper, numpy_helper
 
-        activation, weight = (self.producer[name] for name in node.input)
+        activation, weight = (self._before_casts(name)[-1] for name in node.input)
         quantize = self.producer[activation.input[0]]
         zero = numpy_helper.from_array(np.asarray(_ZERO_POINT, dtype=np.uint8), f"{node.name}.input.zero.u8")
         self.graph.initializer.append(zero)

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tiny_models import session
 
 from build_engines.errors import ExportError
-from build_engines.export import to_fp16
+from build_engines.export import half_tensors, to_fp16
 from build_engines.graphs import read_graph, save_graph
 
 FLOAT_INPUT = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4])
@@ -68,11 +68,25 @@ def test_scales_below_half_precision_are_kept_in_float(tmp_path: Path) -> None:
     """A scale of 3e-8 would round to half its value; its products fit again once they are summed."""
     full = quantized_linear(2.0, [3e-8, 1e-3, 1e-3])
     half = to_fp16(full)
-    assert types(half)["w.scale.fp32"] == TensorProto.FLOAT
-    assert types(half)["x.scale"] == TensorProto.FLOAT16
     x = np.random.default_rng(1).normal(size=(5, 4)).astype(np.float32) * 100
     expected = run(full, tmp_path, x)
     np.testing.assert_allclose(run(half, tmp_path, x)[:, 0], expected[:, 0], rtol=0.05)
+
+
+@pytest.mark.parametrize(("activation", "weight"), [(2.0, 3e-8), (9.5e-6, 1e-3), (9.5e-6, 3e-8)])
+def test_both_scales_of_a_product_have_one_type(activation: float, weight: float, tmp_path: Path) -> None:
+    """TensorRT refuses an INT8 product with one scale in FP16 and one in float; its output stays FP16."""
+    full = quantized_linear(activation, [weight, 1e-3, 1e-3])
+    half = to_fp16(full)
+    scales = {name: kind for name, kind in types(half).items() if "scale" in name}
+    assert scales == dict.fromkeys(("x.scale.fp32", "w.scale.fp32"), TensorProto.FLOAT)
+    onnx.checker.check_model(half, full_check=True)
+    assert half_tensors(half) >= {"x.dq.fp16", "w.dq.fp16"}
+    x = np.random.default_rng(1).normal(size=(5, 4)).astype(np.float32) * 50 * np.float32(activation)
+    expected = run(full, tmp_path, x)
+    np.testing.assert_allclose(
+        run(half, tmp_path, x), expected, rtol=0.05, atol=0.02 * np.abs(expected).max()
+    )
 
 
 def test_a_mask_constant_does_not_become_infinite(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from tiny_models import batch
+from tiny_models import batch, with_small_scales
 
 from build_engines.export import half_tensors, to_fp16
 from build_engines.graphs import read_graph
@@ -28,8 +29,10 @@ Model = onnx.ModelProto
 SHAPES = ((1, 1), (1, 7), (3, 19), (8, 40))
 
 
-def quantizer_of(export: Any, task: str, family: str) -> Quantizer:
-    quantizer = Quantizer(read_graph(export(task, family).path))
+def quantizer_of(
+    export: Any, task: str, family: str, change: Callable[[Model], Model] = lambda model: model
+) -> Quantizer:
+    quantizer = Quantizer(change(read_graph(export(task, family).path)))
     calibration = [batch((8, 24), 0, task == "rerank", seed=seed) for seed in range(3)]
     quantizer.calibrate(calibration, method="minmax", percentile=99.9, smoothing="auto")
     return quantizer
@@ -130,6 +133,31 @@ def test_the_half_precision_graph_keeps_its_values(export: Any, mode: str) -> No
             np.testing.assert_array_equal(numpy_helper.to_array(tensor), expected)
     onnx.checker.check_model(wide, full_check=True)
     assert_same(wide, lower(typed), token_types=False)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kernel"), [("int8", "MatMulIntegerToFloat"), ("int8-weights", "MatMulNBits")]
+)
+def test_linears_whose_scales_stay_in_float_are_served_like_the_others(
+    export: Any, tmp_path: Path, mode: str, kernel: str
+) -> None:
+    """The casts around them change nothing on the CPU, neither values nor kernels."""
+    quantizer = quantizer_of(export, "embed", "bert", with_small_scales)
+    quantized = assembled(quantizer, mode)
+    typed = to_fp16(quantized)
+    kept = {tensor.name for tensor in typed.graph.initializer if tensor.data_type == TensorProto.FLOAT}
+    assert "layers.0.ffn.up.weight.scale.fp32" in kept
+    lowered = lower(typed)
+    ops = served_ops(lowered, tmp_path)
+    assert ops[kernel] == len(quantizer.linears)
+    assert ops["DequantizeLinear"] == 0
+    # What is not quantized was rounded to FP16.
+    arrays = batch((8, 24), 0, False, seed=11)
+    found, expected = (outputs(model, arrays, optimize=False)[0] for model in (lowered, quantized))
+    assert np.abs(found - expected).max() < 0.01 * np.abs(expected).max()
+    if mode == "int8":
+        assert Counter(node.op_type for node in lowered.graph.node)[kernel] == len(quantizer.linears)
+        assert_same(widen(typed), lowered, token_types=False)
 
 
 def linear_pair(first: float, second: float) -> Model:

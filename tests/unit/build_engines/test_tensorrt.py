@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from tiny_models import save_tiny
+from tiny_models import batch, save_tiny, with_small_scales
 
 from build_engines.errors import ArtifactError, CompileError
 from build_engines.export import export_encoder, to_fp16
 from build_engines.graphs import read_graph, save_graph
 from build_engines.plan import Profile
+from build_engines.quantize import Quantizer
 from build_engines.targets.engine_file import check_engine, read_header
 from build_engines.targets.tensorrt import TensorRTTarget
 
@@ -68,13 +69,23 @@ def quantized(model: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A small embedder with heads of 32 as fp16 and int8, and one with heads of 8: no kernel fuses those."""
+    """A small embedder with heads of 32 as fp16 and int8, and one with heads of 8: no kernel fuses those.
+
+    "small-*" are the quantizer's own, of a model with scales that FP16 cannot hold.
+    """
     folder = tmp_path_factory.mktemp("graphs")
-    paths = {name: folder / f"{name}.onnx" for name in ("fp16", "int8", "narrow")}
+    names = ("fp16", "int8", "narrow", "small-int8", "small-int8-weights")
+    paths = {name: folder / f"{name}.onnx" for name in names}
     save_tiny(folder / "wide", "bert", "embed", hidden_size=128)
     exported = export_encoder(folder / "wide", "embed", folder / "wide" / "out").path
     save_graph(to_fp16(read_graph(exported)), paths["fp16"])
     save_graph(to_fp16(quantized(read_graph(exported))), paths["int8"])
+    quantizer = Quantizer(with_small_scales(read_graph(exported)))
+    calibration = [batch((8, 24), 0, False)]
+    quantizer.calibrate(calibration, method="minmax", percentile=99.9, smoothing="auto")
+    for mode in ("int8", "int8-weights"):
+        modes: dict[str, Any] = dict.fromkeys((linear.name for linear in quantizer.linears), mode)
+        save_graph(to_fp16(quantizer.assemble(modes)), paths[f"small-{mode}"])
     save_tiny(folder / "thin", "bert", "embed")
     exported = export_encoder(folder / "thin", "embed", folder / "thin" / "out").path
     save_graph(to_fp16(read_graph(exported)), paths["narrow"])
@@ -106,6 +117,23 @@ def test_engines_compile_for_every_card_without_a_gpu(
     assert result["attention"] == "fused"
     assert result["warnings"] == []
     assert result["layers"]["ATTENTION"] == 3
+    assert ("QUANTIZE" in result["layers"]) == (precision == "int8")
+
+
+@pytest.mark.parametrize("card", ["7.5", "12.0"])
+@pytest.mark.parametrize("precision", ["int8", "int8-weights"])
+def test_scales_too_small_for_half_precision_compile(
+    precision: str, card: str, graphs: dict[str, Path], tmp_path: Path
+) -> None:
+    """The compiler refuses an INT8 product whose operands have scales of two types."""
+    graph = graphs[f"small-{precision}"]
+    tensors = read_graph(graph).graph.initializer
+    scales = {tensor.name for tensor in tensors if tensor.data_type == TensorProto.FLOAT}
+    assert "layers.0.ffn.up.weight.scale.fp32" in scales
+    assert ("layers.0.ffn.down.input.scale.fp32" in scales) == (precision == "int8")
+    result = compile_to(tmp_path, graph, card)
+    assert read_header(tmp_path / "engine.trt").compute_capabilities == (card,)
+    assert result["attention"] == "fused"
     assert ("QUANTIZE" in result["layers"]) == (precision == "int8")
 
 

@@ -95,6 +95,22 @@ def batch(shape: tuple[int, int], pad_id: int, token_types: bool, seed: int = 0)
     return arrays
 
 
+def with_small_scales(model: Any, factor: float = 2.0**-10) -> Any:
+    """`model`, changed: the first FFN has weights, and then activations, whose scales FP16 cannot hold.
+
+    Its second Linear makes up for it, so that the answers still depend on both.
+    """
+    from onnx import numpy_helper
+
+    up, down = "layers.0.ffn.up", "layers.0.ffn.down.weight"
+    factors = {f"{up}.weight": factor, f"{up}.bias_value": factor, down: 1 / factor}
+    for tensor in model.graph.initializer:
+        if tensor.name in factors:
+            values = numpy_helper.to_array(tensor) * np.float32(factors[tensor.name])
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    return model
+
+
 def session(path: Path) -> Any:
     import onnxruntime
 
