@@ -291,6 +291,7 @@ class ICudaEngine:
             raise Misuse("contexts must share the activation buffer")
         cache = strategy._cache if isinstance(strategy, IRuntimeConfig) else None
         context = IExecutionContext(self, cache)
+        context.config = strategy
         self.contexts.append(context)
         return context
 
@@ -302,16 +303,19 @@ class ICudaEngine:
 class IExecutionContext:
     def __init__(self, engine: ICudaEngine, cache: IRuntimeCache | None) -> None:
         self._engine, self._trt, self._cache = engine, engine._trt, cache
+        self.config: Any = None
         self._profile = 0
         self._memory: tuple[int, int] | None = None
         self._shapes: dict[str, Shape] = {}
         self._addresses: dict[str, int] = {}
         self._settled: dict[str, Shape] = {}  # the shapes of the run before
+        self._changes = 0  # what a graph recorded before the last of them would compute is undefined
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         self._trt.api.put(stream_handle, lambda: None)
         if not 0 <= profile_index < self._engine.num_optimization_profiles:
-            return False
+            raise RuntimeError("Error in set optimization profile async.")
+        self._changes += 1
         self._profile, self._shapes = profile_index, {}
         return True
 
@@ -319,9 +323,11 @@ class IExecutionContext:
         if memory % 256 or size < self._engine.device_memory_size_v2:
             self._trt.api.misuse(f"activation memory of {size} bytes at {memory:#x}")
         self._trt.api.check(memory, size)
+        self._changes += 1
         self._memory = memory, size
 
     def set_input_shape(self, name: str, shape: Sequence[int]) -> bool:
+        self._changes += 1
         low, _, high = self._engine.get_tensor_profile_shape(name, self._profile)
         fits = len(shape) == len(low) and all(a <= s <= b for a, s, b in zip(low, shape, high, strict=True))
         if not fits:
@@ -333,6 +339,7 @@ class IExecutionContext:
         return True
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
+        self._changes += 1
         if name not in self._engine._io or not memory:
             return False
         if memory % 256:
@@ -376,7 +383,15 @@ class IExecutionContext:
         shapes = {name: self.get_tensor_shape(name) for name in engine._io}
         addresses = dict(self._addresses)
         self._settled = dict(self._shapes)
-        api.put(stream_handle, lambda: self._run(shapes, addresses))
+        changes = self._changes
+
+        def work() -> None:
+            if stream.captured is None and recorded and self._changes != changes:
+                api.misuse("a graph is launched whose context was changed since it was recorded")
+            self._run(shapes, addresses)
+
+        recorded = stream.captured is not None
+        api.put(stream_handle, work)
         if self._cache is not None:  # a kernel was compiled for these shapes
             line = repr(sorted(self._shapes.items())).encode() + b"\n"
             if line not in self._cache._content:

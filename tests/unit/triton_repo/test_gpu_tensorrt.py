@@ -18,7 +18,7 @@ from fake_tensorrt import FakeTensorRT, write_engine
 from onnx import TensorProto, helper
 
 from triton_repo.runtime.gpu.cuda import CudaError, Device, DeviceMemoryFull
-from triton_repo.runtime.gpu.graph_cache import GraphCache
+from triton_repo.runtime.gpu.graph_cache import RUNS_BEFORE, GraphCache
 from triton_repo.runtime.gpu.tensorrt import ExecutionContext, TensorRTEngine
 from triton_repo.runtime.gpu.tensorrt_callbacks import shared_logger
 from triton_repo.runtime.session import EngineRefused
@@ -71,6 +71,13 @@ def full(api: FakeCudart) -> FakeTensorRT:
 def path(tmp_path: Path) -> Path:
     write_engine(tmp_path / "engine.trt", graph(), PROFILES, activations=[1024, 8192])
     return tmp_path / "engine.trt"
+
+
+@pytest.fixture
+def one_profile(tmp_path: Path) -> Path:
+    """As an encoder's engine."""
+    write_engine(tmp_path / "one.trt", graph(), PROFILES[1:])
+    return tmp_path / "one.trt"
 
 
 class Runner:
@@ -184,51 +191,89 @@ def test_closing_frees_everything(trt: FakeTensorRT, path: Path, api: FakeCudart
     assert api.leaks() == []
 
 
-def test_full_tensorrt_is_recorded_on_the_second_run(
-    full: FakeTensorRT, device: Device, path: Path, api: FakeCudart
+def test_full_tensorrt_is_recorded_when_a_run_has_come_often(
+    full: FakeTensorRT, device: Device, one_profile: Path, api: FakeCudart
 ) -> None:
-    engine = TensorRTEngine(path, full, device)
-    run = Runner(engine, engine.context(1))
-    for start in range(5):
-        for shape in ((2, 3), (4, 4)):  # taking turns: each recording is behind a run of its own shape
+    """Shapes take turns, so that a graph whose context others changed would be noticed."""
+    engine = TensorRTEngine(one_profile, full, device)
+    run = Runner(engine, engine.context(0))
+    for start in range(RUNS_BEFORE + 4):
+        for shape in ((2, 3), (4, 4)):
             assert_sums(run, rows(*shape, start))
     assert api.calls["cudaGraphInstantiate"] == 2
     assert api.calls["cudaGraphLaunch"] == 2 * 3
-    assert full.runs == 10
-    assert full.enqueued == 2 * 3
+    assert full.runs == 2 * (RUNS_BEFORE + 4)
+    assert len(full.engines[0].contexts) == 1 + 2
     engine.close()
 
 
 def test_tensorrt_rtx_records_by_itself(
-    rtx: FakeTensorRT, device: Device, path: Path, api: FakeCudart
+    rtx: FakeTensorRT, device: Device, path: Path, tmp_path: Path, api: FakeCudart
 ) -> None:
-    engine = TensorRTEngine(path, rtx, device)
-    assert engine._config.cuda_graph_strategy == rtx.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+    engine = TensorRTEngine(path, rtx, device, runtime_cache=tmp_path / "a.cache")
+    decode, prefill = (Runner(engine, engine.context(profile)) for profile in (0, 1))
+    for start in range(RUNS_BEFORE + 2):
+        assert_sums(decode, rows(2, 1, start))
+        assert_sums(prefill, rows(2, 3, start))
+    assert "cudaStreamBeginCapture" not in api.calls
+    configs = [context.config for context in rtx.engines[0].contexts]
+    strategies = rtx.CudaGraphStrategy
+    assert [one.cuda_graph_strategy for one in configs] == [
+        strategies.WHOLE_GRAPH_CAPTURE,
+        strategies.DISABLED,
+    ]
+    assert configs[0]._cache is configs[1]._cache is not None
+    engine.close()
+
+
+def test_prompts_are_not_recorded(full: FakeTensorRT, device: Device, path: Path, api: FakeCudart) -> None:
+    engine = TensorRTEngine(path, full, device)
     run = Runner(engine, engine.context(1))
-    for start in range(4):
+    for start in range(RUNS_BEFORE + 2):
         assert_sums(run, rows(2, 3, start))
     assert "cudaStreamBeginCapture" not in api.calls
     engine.close()
 
 
+def test_a_profile_that_the_library_refuses(trt: FakeTensorRT, device: Device, path: Path) -> None:
+    engine = TensorRTEngine(path, trt, device)
+    with pytest.raises(EngineRefused, match="no execution context for its optimization profile 2"):
+        engine.context(2)
+    engine.close()
+
+
 def test_a_recording_that_fails_is_not_tried_again(
-    full: FakeTensorRT, device: Device, path: Path, api: FakeCudart
+    full: FakeTensorRT, device: Device, one_profile: Path, api: FakeCudart
 ) -> None:
     full.fail_capture = True
-    engine = TensorRTEngine(path, full, device)
-    run = Runner(engine, engine.context(1))
-    for start in range(5):
+    engine = TensorRTEngine(one_profile, full, device)
+    run = Runner(engine, engine.context(0))
+    for start in range(RUNS_BEFORE + 4):
         assert_sums(run, rows(2, 3, start))
     assert api.calls["cudaStreamBeginCapture"] == 1
     full.fail_capture = False
-    for start in range(3):
+    for start in range(RUNS_BEFORE + 2):
         assert_sums(run, rows(2, 4, start))
     assert api.calls["cudaGraphLaunch"] == 1
     engine.close()
 
 
+def test_a_context_that_there_is_no_room_for_leaves_runs_as_they_are(
+    full: FakeTensorRT, device: Device, one_profile: Path, api: FakeCudart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = TensorRTEngine(one_profile, full, device)
+    run = Runner(engine, engine.context(0))
+    asked: list[Any] = []
+    monkeypatch.setattr(full.engines[0], "create_execution_context", asked.append)
+    for start in range(RUNS_BEFORE + 4):
+        assert_sums(run, rows(2, 3, start))
+    assert len(asked) == 1
+    assert "cudaStreamBeginCapture" not in api.calls
+    engine.close()
+
+
 def test_graphs_are_few_and_the_oldest_goes(device: Device, api: FakeCudart) -> None:
-    graphs = GraphCache(device, limit=2)
+    graphs = GraphCache(device, limit=2, runs_before=1)
     array = device.array((4,), np.int32, "buffers", zeroed=True)
     done: list[str] = []
 
@@ -237,7 +282,7 @@ def test_graphs_are_few_and_the_oldest_goes(device: Device, api: FakeCudart) -> 
             done.append(key)
             device.copy(array.address, array.address + 8, 8)
 
-        graphs.run(key, work)
+        graphs.run(key, work, lambda: work)
 
     def graph_bytes() -> int:
         return api.leaks().count("graphs")

@@ -6,7 +6,7 @@ activations, as large as the largest optimization profile needs: that is what th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,8 @@ class TensorRTEngine:
         device.require(self.path.stat().st_size, "weights")
         self._engine = self._deserialize()
         self.runtime_cache: RuntimeCache | None = None
+        self._cache_path = runtime_cache
+        self._configs: dict[int, Any] = {}  # by profile
         self._contexts: list[ExecutionContext] = []
         try:
             self.profiles: int = self._engine.num_optimization_profiles
@@ -75,23 +77,21 @@ class TensorRTEngine:
             sizes = [self._engine.get_device_memory_size_for_profile_v2(p) for p in range(self.profiles)]
             nbytes = max(self._engine.device_memory_size_v2, *sizes)
             self._activations = device.array((nbytes,), np.uint8, "activations")
-            self._config = self._runtime_config(runtime_cache)
+            if self.is_rtx:
+                self._config(0)
         except BaseException:
+            self._configs.clear()
             self._engine = None  # the error's traceback must not keep the weights on the GPU
             raise
 
     def context(self, profile: int = 0) -> ExecutionContext:
-        """A new context that runs shapes of `profile`. Raises EngineRefused."""
-        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        self.device.bind()
-        with errors_of(self._trt) as errors:
-            handle = self._engine.create_execution_context(self._config if self.is_rtx else strategy)
-            stream = self.device.stream
-            if handle is None or not handle.set_optimization_profile_async(profile, stream):
-                raise self._refused(f"no execution context for its optimization profile {profile}", errors)
-        handle.set_device_memory(self._activations.address, max(1, self._activations.nbytes))
-        self.device.synchronize()
-        context = ExecutionContext(self, handle, None if self.is_rtx else GraphCache(self.device))
+        """A new context that runs shapes of `profile`. Runs of profile 0 become CUDA graphs.
+
+        Those of others do not: a prompt's differ in length and row, and each would be recorded anew.
+        Raises EngineRefused.
+        """
+        graphs = GraphCache(self.device) if profile == 0 and not self.is_rtx else None
+        context = ExecutionContext(self, profile, graphs)
         self._contexts.append(context)
         return context
 
@@ -127,7 +127,8 @@ class TensorRTEngine:
                 context._close()
         finally:
             self._contexts.clear()
-            self._config = self.runtime_cache = self._engine = self._runtime = None
+            self._configs.clear()
+            self.runtime_cache = self._engine = self._runtime = None
             self._activations.close()
 
     def _fits(self, name: str, shape: Shape, profile: int) -> bool:
@@ -164,18 +165,42 @@ class TensorRTEngine:
             raise self._refused("it cannot be loaded", errors)
         return engine
 
-    def _runtime_config(self, path: Path | None) -> Any:
-        """How TensorRT-RTX runs the contexts; nothing for TensorRT, which has none of these settings."""
-        if not self.is_rtx:
-            return None
+    def _library_context(self, profile: int) -> Any:
+        """A context of the library, with the memory that all share. Raises EngineRefused."""
+        self.device.bind()
+        how = (
+            self._config(profile)
+            if self.is_rtx
+            else self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
+        with errors_of(self._trt) as errors:
+            handle = self._engine.create_execution_context(how)
+            try:
+                made = handle is not None and handle.set_optimization_profile_async(
+                    profile, self.device.stream
+                )
+            except RuntimeError:  # which the binding makes of a refusal; the log says why
+                made = False
+            if not made:
+                raise self._refused(f"no execution context for its optimization profile {profile}", errors)
+        handle.set_device_memory(self._activations.address, max(1, self._activations.nbytes))
+        self.device.synchronize()
+        return handle
+
+    def _config(self, profile: int) -> Any:
+        """How TensorRT-RTX runs the contexts of a profile; all have one runtime cache."""
+        if profile in self._configs:
+            return self._configs[profile]
         trt = self._trt
-        config = self._engine.create_runtime_config()
+        config = self._configs[profile] = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         # It knows when the kernels for a shape are compiled and addresses stay: recording the stream from
         # outside would keep the fallback kernels for ever.
-        config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        if path is not None:
-            self.runtime_cache = RuntimeCache(config.create_runtime_cache(), path)
+        strategies = trt.CudaGraphStrategy
+        config.cuda_graph_strategy = strategies.DISABLED if profile else strategies.WHOLE_GRAPH_CAPTURE
+        if self._cache_path is not None:
+            if self.runtime_cache is None:
+                self.runtime_cache = RuntimeCache(config.create_runtime_cache(), self._cache_path)
             config.set_runtime_cache(self.runtime_cache.cache)
         return config
 
@@ -212,16 +237,15 @@ class TensorRTEngine:
 class ExecutionContext:
     """Runs the engine with shapes of one profile. Made by TensorRTEngine.context, closed with the engine."""
 
-    def __init__(self, engine: TensorRTEngine, handle: Any, graphs: GraphCache | None) -> None:
-        self.engine, self._handle, self._graphs = engine, handle, graphs
-        self._shapes: dict[str, Shape] = {}
-        self._addresses: dict[str, int] = {}
+    def __init__(self, engine: TensorRTEngine, profile: int, graphs: GraphCache | None) -> None:
+        self.engine, self._profile, self._graphs = engine, profile, graphs
+        self._bound = _Bound(engine, profile)
 
     def output_shapes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Shape]:
         """The shapes of all outputs for inputs of `shapes`. Raises EngineFailed."""
-        self._set_shapes({name: tuple(shape) for name, shape in shapes.items()})
+        self._bound.set_shapes({name: tuple(shape) for name, shape in shapes.items()})
         outputs = [tensor.name for tensor in self.engine.tensors.values() if not tensor.is_input]
-        found = {name: tuple(self._handle.get_tensor_shape(name)) for name in outputs}
+        found = {name: tuple(self._bound.handle.get_tensor_shape(name)) for name in outputs}
         if any(size < 0 for shape in found.values() for size in shape):
             raise EngineFailed(f"TensorRT does not know the outputs' shapes for {dict(shapes)}: {found}")
         return found
@@ -235,46 +259,67 @@ class ExecutionContext:
         wanted = {name: tuple(shape) for name, shape in shapes.items()}
         if len(addresses) < len(self.engine.tensors):
             missing = ", ".join(sorted(self.engine.tensors.keys() - addresses.keys()))
-            raise self._failed(f"no address for {missing}", [])
+            raise _failed(f"no address for {missing}", [])
         if self._graphs is None:
-            self._run(wanted, addresses)
+            self._bound.run(wanted, addresses)
             return
         key = (tuple(wanted.items()), tuple(addresses.items()))
-        self._graphs.run(key, lambda: self._run(wanted, addresses))
+        self._graphs.run(
+            key, lambda: self._bound.run(wanted, addresses), lambda: self._fixed(wanted, dict(addresses))
+        )
 
-    def _run(self, shapes: Mapping[str, Shape], addresses: Mapping[str, int]) -> None:
-        self._set_shapes(shapes)
+    def _fixed(self, shapes: Mapping[str, Shape], addresses: Mapping[str, int]) -> Callable[[], None]:
+        """The run over a context of the library that does nothing else.
+
+        A graph may use memory of the context that it was recorded from: a change of shapes there would change
+        what the graph computes.
+        """
+        bound = _Bound(self.engine, self._profile)
+        return lambda: bound.run(shapes, addresses)
+
+    def _close(self) -> None:
+        if self._graphs is not None:
+            self._graphs.close()
+        self._bound.handle = None
+
+
+class _Bound:
+    """A context of the library, and what was set on it last."""
+
+    def __init__(self, engine: TensorRTEngine, profile: int) -> None:
+        self._engine, self.handle = engine, engine._library_context(profile)
+        self._shapes: dict[str, Shape] = {}
+        self._addresses: dict[str, int] = {}
+
+    def run(self, shapes: Mapping[str, Shape], addresses: Mapping[str, int]) -> None:
+        self.set_shapes(shapes)
         self._set_addresses(addresses)
-        with errors_of(self.engine._trt) as errors:
-            done = self._handle.execute_async_v3(self.engine.device.stream)
+        with errors_of(self._engine._trt) as errors:
+            done = self.handle.execute_async_v3(self._engine.device.stream)
         if not done:
-            raise self._failed(f"the run failed with inputs of {dict(self._shapes)}", errors)
+            raise _failed(f"the run failed with inputs of {dict(self._shapes)}", errors)
 
-    def _set_shapes(self, shapes: Mapping[str, Shape]) -> None:
+    def set_shapes(self, shapes: Mapping[str, Shape]) -> None:
         for name, shape in shapes.items():
             if self._shapes.get(name) == shape:
                 continue
-            with errors_of(self.engine._trt) as errors:
-                accepted = self._handle.set_input_shape(name, shape)
+            with errors_of(self._engine._trt) as errors:
+                accepted = self.handle.set_input_shape(name, shape)
             if not accepted:
                 self._shapes.pop(name, None)
-                raise self._failed(f"{name} cannot have the shape {list(shape)}", errors)
+                raise _failed(f"{name} cannot have the shape {list(shape)}", errors)
             self._shapes[name] = shape
 
     def _set_addresses(self, addresses: Mapping[str, int]) -> None:
         for name, address in addresses.items():
             if self._addresses.get(name) == address:
                 continue
-            if not self._handle.set_tensor_address(name, address):
+            if not self.handle.set_tensor_address(name, address):
                 self._addresses.pop(name, None)
-                raise self._failed(f"{name} cannot be at {address:#x}", [])
+                raise _failed(f"{name} cannot be at {address:#x}", [])
             self._addresses[name] = address
 
-    def _failed(self, what: str, errors: Sequence[str]) -> EngineFailed:
-        told = "; ".join(message.strip() for message in errors)
-        return EngineFailed(f"TensorRT: {what}" + (f": {told}" if told else ""))
 
-    def _close(self) -> None:
-        if self._graphs is not None:
-            self._graphs.close()
-        self._handle = None
+def _failed(what: str, errors: Sequence[str]) -> EngineFailed:
+    told = "; ".join(message.strip() for message in errors)
+    return EngineFailed(f"TensorRT: {what}" + (f": {told}" if told else ""))
