@@ -16,7 +16,10 @@ RTX_COMPUTE_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 # Its default set ("portable"), compiled for several generations at once, runs from here on.
 PORTABLE_FROM = (8, 0)
 # What an NVIDIA GPU that TensorRT still supports can report: anything else is a typing mistake.
-KNOWN_COMPUTE_CAPABILITIES = (*RTX_COMPUTE_CAPABILITIES, "8.7", "9.0", "10.0", "10.3", "11.0")
+KNOWN_COMPUTE_CAPABILITIES = (
+    *("7.5", "8.0", "8.6", "8.7", "8.9"),
+    *("9.0", "10.0", "10.3", "11.0", "12.0", "12.1"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -149,7 +149,12 @@ def _require_target(top: Table, model: Model, targets: tuple[Target, ...]) -> No
 def _stack_name(top: Table, path: Path) -> str:
     name = cast(str, top.text("name", path.stem))
     if not _NAME.fullmatch(name):
-        raise top.bad("name", f"is {show(name)}", allowed="a-z, 0-9 and '-', at most 64 characters")
+        raise top.bad(
+            "name",
+            f"is {show(name)}{'' if top.has('name') else ', as the file is called'}",
+            allowed="a-z, 0-9 and '-', at most 64 characters, first a letter or digit",
+            hint=None if top.has("name") else 'write name = "..." into the file, or rename it',
+        )
     return name
 
 

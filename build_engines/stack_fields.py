@@ -162,6 +162,8 @@ class Table:
             return value
         near = nearest(value, allowed) if isinstance(value, str) else None
         hint = f"did you mean {near!r}?" if near else None
+        if isinstance(value, int | float) and show(value) in allowed:  # compute_capability = 12.0
+            hint = f'write it in quotes: "{value}"'
         raise self.bad(key, f"is {show(value)}", allowed=one_of(allowed), hint=hint)
 
     def integer(

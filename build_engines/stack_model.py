@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final, cast
 
 from build_engines.cards import Card
+from build_engines.errors import StackError
 from build_engines.stack_fields import Table, one_of, show
 from build_engines.stack_types import (
     BUNDLED_SETS,
@@ -32,6 +33,7 @@ from build_engines.stack_types import (
     PRECISIONS,
     SMOOTHINGS,
     TABLE_TYPES,
+    TARGETS,
     TASKS,
     Calibration,
     DataRef,
@@ -94,6 +96,8 @@ def read_model(name: str, table: Table, card: Card) -> Model:
 def _encoder(name: str, table: Table, task: Task) -> Model:
     if task != "embed":
         _refuse(table, task, dict.fromkeys(("pooling", "normalize"), "remove it; it is for embed only"))
+    if table.raw("target") in TARGETS:
+        raise _target_of_all(table)
     _refuse(table, task, dict.fromkeys(_FOR_GENERATE_ONLY, "remove it; it is for generate only"))
     source, source_dir = _source(table)
     return Model(
@@ -122,6 +126,8 @@ def _encoder(name: str, table: Table, task: Task) -> Model:
 
 def _generator(name: str, table: Table, card: Card) -> Model:
     _refuse(table, "generate", _NOT_FOR_GENERATE)
+    if table.raw("target") in TARGETS:
+        raise _target_of_all(table)
     target = table.choice("target", ("tensorrt-llm",), None)
     if table.integer("instances", 1, 16, 1) > 1:
         raise table.bad(
@@ -156,6 +162,16 @@ def _generator(name: str, table: Table, card: Card) -> Model:
         prefill_chunk=_prefill_chunk(table, max_length, _LLM_CHUNK if target else 128),
         embedding=table.choice("embedding", TABLE_TYPES, "fp16"),
         head=table.choice("head", TABLE_TYPES, "int8"),
+    )
+
+
+def _target_of_all(table: Table) -> StackError:
+    value = table.raw("target")
+    return table.bad(
+        "target",
+        f"is {show(value)}, which all models of a stack share",
+        allowed="tensorrt-llm, for an LLM",
+        hint=f'remove it, and name "{value}" in targets, above all [models.<name>] tables',
     )
 
 

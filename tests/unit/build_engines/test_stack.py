@@ -193,6 +193,8 @@ def test_the_files_in_the_repository_load() -> None:
 
 def test_the_name_is_the_files_by_default(tmp_path: Path) -> None:
     assert load_stack(_write(tmp_path, _changed("name", ...), "shop.toml")).name == "shop"
+    with pytest.raises(StackError, match=r"name is 'my_shop', as the file is called[\s\S]*write name = "):
+        load_stack(_write(tmp_path, _changed("name", ...), "my_shop.toml"))
 
 
 @pytest.mark.parametrize(
@@ -217,6 +219,7 @@ def test_an_unknown_key_names_itself_and_the_nearest(tmp_path: Path, key: str, n
     [
         ("card", "rtx-5070ti", "did you mean 'rtx-5070-ti'"),
         ("card", {"memory_mib": 16000, "compute_capability": "12"}, "12.0"),
+        ("card", {"memory_mib": 16000, "compute_capability": 12.0}, 'write it in quotes: "12.0"'),
         ("card", {"memory_mib": 12, "compute_capability": "12.0"}, "from 1,024"),
         ("targets", [], "one or more of onnxruntime"),
         ("targets", ["onnxruntime", "onnxruntime"], "twice"),
