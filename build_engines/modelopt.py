@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -69,7 +70,7 @@ def weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         return sorted(folder.glob("*.safetensors"))
     shards = _read(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(_is_plain(name) for name in shards.values()):
+    if not isinstance(shards, dict) or not shards or not all(_is_plain(name) for name in shards.values()):
         raise PlanError(f"{index}: no weight_map of file names", next_step="fetch the checkpoint again")
     paths = [folder / name for name in sorted(set(shards.values()))]
     if missing := [path.name for path in paths if not path.is_file()]:
@@ -83,7 +84,7 @@ def _is_plain(name: Any) -> bool:
 
 def _quantization(folder: Path) -> dict[str, Any]:
     path = folder / QUANT_FILE
-    if path.is_file():
+    if os.path.lexists(path):
         found = _read(path).get("quantization")
         if not isinstance(found, dict):
             raise PlanError(f"{path}: has no 'quantization'", next_step="export it with ModelOpt again")

@@ -165,7 +165,7 @@ def read_weights_table(folder: Path) -> dict[str, TensorEntry]:
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if single.is_file():
-        return _canonical(_read_header(single), folder)
+        return _canonical(read_header(single), folder)
     if index.is_file():
         return _canonical(_read_shards(index), folder)
     pickles = [name for name in _PICKLES if (folder / name).is_file()]
@@ -207,14 +207,15 @@ def _read_shards(index: Path) -> dict[str, TensorEntry]:
                 f"{path} is named by {index.name} but does not exist",
                 next_step="run `build-engines fetch STACK` to finish the download",
             )
-        entries.update(_read_header(path))
+        entries.update(read_header(path))
     lost = sorted(set(weight_map) - set(entries))
     if lost:
         raise ExportError(f"{index} promises tensors that no shard holds: {', '.join(lost[:5])}")
     return entries
 
 
-def _read_header(path: Path) -> dict[str, TensorEntry]:
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """The tensors of one safetensors file; ExportError where it is damaged or cut short."""
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)

@@ -14,11 +14,11 @@ from typing import Any
 from build_engines.atomic import link_or_copy
 from build_engines.cards import MIB
 from build_engines.decoder_memory import llm_cache_tokens, llm_memory
-from build_engines.export.checkpoint import read_json, well_formed
+from build_engines.export.checkpoint import read_header, read_json, well_formed
 from build_engines.export.decoder_config import read_architecture
 from build_engines.export.decoder_serving import TEMPLATE_FILE, copy_chat_tokenizer, llm_serving
 from build_engines.manifest import StageRun, code_digest, digest_of, write_manifest
-from build_engines.modelopt import checkpoint_files
+from build_engines.modelopt import checkpoint_files, weight_files
 from build_engines.pipeline.model import BuiltEngine, ModelBuild, versions
 from build_engines.profiles import decoder_profile
 from build_engines.shapes import resolve_shape
@@ -92,6 +92,8 @@ class LlmBuild(ModelBuild):
         folder = self.stack.build_dir / "engines" / self.model.name / precision / _TARGET
 
         def build(out: Path) -> dict[str, Any]:
+            for path in weight_files(self.source):
+                read_header(path)
             self.require_unchanged()  # before: a link more is a change, too, to the file system
             for path in checkpoint_files(self.source):
                 link_or_copy(path, out / path.name)

@@ -17,7 +17,7 @@ from small_stack import write_stack
 from build_engines.cards import CARDS
 from build_engines.cli import main
 from build_engines.decoder_memory import cache_bytes_per_token, llm_cache_tokens, llm_memory
-from build_engines.errors import FetchError, OnecardError, PlanError, StackError
+from build_engines.errors import ExportError, FetchError, OnecardError, PlanError, StackError
 from build_engines.fetch import fetch_model
 from build_engines.manifest import StageRun
 from build_engines.measure import measured_models
@@ -137,7 +137,10 @@ def test_what_is_left_out_has_defaults(tmp_path: Path) -> None:
         ({"gates": {"max_perplexity_increase": 0.1}}, "nothing to compare"),
         ({"head": "fp16"}, "how its tables are stored"),
         ({"embedding": "fp16"}, "how its tables are stored"),
-        ({"target": "tensorrt"}, "allowed: tensorrt-llm"),
+        ({"target": "tensorrt"}, 'remove it, and name "tensorrt" in targets'),
+        ({"target": "tensorrt", "task": "embed"}, 'remove it, and name "tensorrt" in targets'),
+        ({"target": "tensorrt_llm"}, "allowed: tensorrt-llm"),
+        ({"target": ["tensorrt"]}, "allowed: tensorrt-llm"),
         ({"task": "embed"}, "target has no meaning for task 'embed'"),
         ({"precisions": 3}, "must be an array"),
         ({"shape": {**SIZES, "stored_bytes": 3}}, "unknown key"),
@@ -267,8 +270,20 @@ def test_other_ways_to_quantize_and_damaged_files(tmp_path: Path) -> None:
     (folder / "hf_quant_config.json").write_text("{")
     with pytest.raises(PlanError, match=r"hf_quant_config.json: cannot be read"):
         plan_stack(stack)
-    (folder / "hf_quant_config.json").write_text("{}")
-    with pytest.raises(PlanError, match="has no 'quantization'"):
+    for text in ("{}", "[1]", '{"quantization": "FP8"}', '{"quantization": null}'):
+        (folder / "hf_quant_config.json").write_text(text)
+        with pytest.raises(PlanError, match="has no 'quantization'"):
+            plan_stack(stack)
+    for text in ("[" * 100_000, '{"quantization": {"quant_algo": ' + "9" * 5000 + "}}"):
+        (folder / "hf_quant_config.json").write_text(text)
+        with pytest.raises(PlanError, match=r"hf_quant_config.json: cannot be read"):
+            plan_stack(stack)
+    (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": 1' + "0" * 400 + "}}")
+    with pytest.raises(PlanError, match=r"quant_algo is 1000"):
+        plan_stack(stack)
+    (folder / "hf_quant_config.json").unlink()
+    (folder / "hf_quant_config.json").mkdir()
+    with pytest.raises(PlanError, match=r"hf_quant_config.json: cannot be read"):
         plan_stack(stack)
 
 
@@ -283,6 +298,8 @@ def test_only_the_shards_of_an_index_are_the_model_s(tmp_path: Path) -> None:
         ({"a": "gone.safetensors"}, "gone.safetensors missing"),
         ({"a": "../x.safetensors"}, "no weight_map"),
         ([], "no weight_map"),
+        ({}, "no weight_map"),
+        ({"a": "x\0.safetensors"}, "missing"),
     ):
         index.write_text(json.dumps({"weight_map": shards}))
         with pytest.raises(PlanError, match=message):
@@ -409,3 +426,13 @@ def test_commands_say_that_nothing_of_it_is_judged_or_timed_here(tmp_path: Path)
 def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FetchError, match="the checkpoint of model 'llm' is not at"):
         build(stack_of(tmp_path, slots=1, max_length=64))
+
+
+@pytest.mark.parametrize("kept", [0, 5, -1])
+def test_weights_that_were_cut_short_are_not_published(tmp_path: Path, kept: int) -> None:
+    stack = stack_of(tmp_path, precisions=["fp8"], slots=2, max_length=64)
+    (weights,) = write_quantized(tmp_path / "checkpoint", "fp8").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:kept])
+    with pytest.raises(ExportError, match=f"{weights.name} is damaged"):
+        build(stack)
+    assert not (stack.build_dir / "engines" / "llm" / "fp8" / "tensorrt-llm").exists()
