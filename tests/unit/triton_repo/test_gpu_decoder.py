@@ -165,6 +165,18 @@ def test_a_slot_that_has_only_read_moves_whole(gpu: Gpu, cpu: DecoderEngine, cop
     equal(found, [cpu.decode([0], [7], [20])] * 2)
 
 
+def test_logits_come_in_the_order_that_was_asked_for_without_a_copy_on_the_host(
+    gpu: Gpu, cpu: DecoderEngine
+) -> None:
+    for engine in (gpu.engine, cpu):
+        for slot in range(3):
+            engine.prefill(slot, tokens(4 + slot, slot), 0)
+    expected = cpu.decode([2, 0, 1], [5, 6, 7], [6, 4, 5])
+    found = gpu.engine.decode([2, 0, 1], [5, 6, 7], [6, 4, 5])
+    equal(found, expected)
+    assert np.shares_memory(found, gpu.engine._logits)
+
+
 def test_serving_takes_no_memory_and_few_shapes(gpu: Gpu) -> None:
     gpu.engine.warm_up()
     runs, allocations = gpu.trt.runs, [gpu.api.calls[name] for name in ("cudaMalloc", "cudaHostAlloc")]

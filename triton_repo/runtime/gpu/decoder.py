@@ -90,10 +90,10 @@ class GpuDecoder:
             self._ids[place] = token
             self._lengths[place] = length
         self._wanted[:size] = 0
-        logits = self._run(_DECODE, first, (size, 1, 1))
+        logits = self._run(_DECODE, first, (size, 1, 1), places)
         for slot, length in zip(slots, lengths, strict=True):
             self._rows.used[slot] = length + 1
-        return logits if places == list(range(size)) else logits[places]
+        return logits
 
     def copy(self, source: int, target: int, length: int) -> None:
         """The first `length` cached tokens of `source` become those of `target`."""
@@ -152,8 +152,13 @@ class GpuDecoder:
         self._rows.used[slot] = start + count
         return logits
 
-    def _run(self, profile: int, row: int, sizes: tuple[int, int, int]) -> FloatArray:
-        """Run over rows row.. of the cache: `sizes` are batch, tokens and logits of each row."""
+    def _run(
+        self, profile: int, row: int, sizes: tuple[int, int, int], order: Sequence[int] = ()
+    ) -> FloatArray:
+        """Run over rows row.. of the cache: `sizes` are batch, tokens and logits of each row.
+
+        `order`: which of the logits come first, second, ... where that is not as they are.
+        """
         if sizes not in self._shapes:
             batch, sequence, logits = sizes
             inputs = {
@@ -167,7 +172,11 @@ class GpuDecoder:
         self._device.upload(self._inputs.address, self._staged)
         self._contexts[profile].enqueue(self._shapes[sizes], self._addresses[row])
         found = self._logits[: sizes[0] * sizes[2]]
-        self._device.download(found, self._output.address)
+        if list(order) in ([], list(range(len(order)))):
+            self._device.download(found, self._output.address)
+        else:  # put in order on the way: the host would move megabytes in every step
+            for target, place in zip(found, order, strict=True):
+                self._device.download(target, self._output.address + place * target.nbytes)
         self._device.synchronize()
         return found
 
