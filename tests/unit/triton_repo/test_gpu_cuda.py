@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,6 +47,42 @@ def test_the_fake_has_the_real_functions_with_their_arguments() -> None:
         inside = signature[len(name) + 1 : -1]
         expected = [part.split(":")[0].split()[-1] for part in inside.split(",") if part.strip()]
         assert list(inspect.signature(fake).parameters)[1:] == expected, signature
+
+
+def test_the_real_module_takes_the_arguments_that_it_is_given() -> None:
+    """Without a driver each of its functions looks at its arguments and returns an error."""
+    if device_count():
+        pytest.skip("this machine has a GPU")
+    real, answers = cudart(), dict[str, tuple[Any, ...]]()
+
+    class Both(FakeCudart):
+        def _watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+            fake = super()._watched(name, function)
+
+            def call(*arguments: Any) -> Any:
+                answers[name] = getattr(real, name)(*arguments)
+                answer = fake(*arguments)
+                assert len(answer) == len(answers[name]), name
+                return answer
+
+            return call
+
+    with Device(api=Both()) as device:
+        device.memory()
+        there, here = device.array((4, 4), np.float32, "x", zeroed=True), device.pinned((4, 4), np.float32)
+        device.upload(there.address, here)
+        device.copy(there.address, there.address + 32, 16)
+        device.copy_rows(there.address, there.address + 32, width=4, pitch=8, rows=2)
+        before, after = device.event(), device.event()
+        before.record()
+        after.record()
+        before.elapsed_ms(after)
+        graph = device.capture(lambda: device.download(here, there.address))
+        graph.launch()
+        device.synchronize()
+        graph.close()
+    assert len(answers) > 25
+    assert all(isinstance(answer[0], real.cudaError_t) for answer in answers.values())
 
 
 def test_without_a_driver_there_is_no_gpu_and_a_reason() -> None:
