@@ -57,15 +57,23 @@ def _without_manifest(path: Path) -> ArtifactError:
 
 
 def render_engine(engine: dict[str, Any]) -> RenderableType:
-    """The same for people."""
+    """The same for people. ArtifactError for a manifest that lacks what every engine's has."""
     from rich.table import Table
     from rich.text import Text
 
+    try:
+        rows = list(_rows(engine))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"{engine['folder']}: the manifest does not say what it should ({type(error).__name__}: {error})",
+            cause="another version of onecard wrote it, or somebody by hand",
+            next_step="build it again: build-engines build STACK",
+        ) from error
     # As Text: in a plain string Rich would take "[ok]" for a colour.
     table = Table(show_header=False, box=None, title=Text(engine["folder"]), title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name, value in _rows(engine):
+    for name, value in rows:
         table.add_row(name, Text(value))
     return table
 
@@ -73,7 +81,7 @@ def render_engine(engine: dict[str, Any]) -> RenderableType:
 def _rows(engine: dict[str, Any]) -> Iterator[tuple[str, str]]:
     serving, profile = engine["serving"], engine["profile"]
     yield "model", f"{engine['model']} ({engine['task']}, {engine['precision']})"
-    yield "target", engine["target"]
+    yield "target", str(engine["target"])
     if engine["compute_capability"]:
         others = ", portable: 8.0, 8.6, 8.9, 12.0 and later" if engine.get("portable") else ""
         yield "compute capability", engine["compute_capability"] + others

@@ -73,11 +73,14 @@ def main() -> None:
     type=click.Path(path_type=Path),
     help="Where the engines are [default: build/<stack name>].",
 )
-@click.option("--target", default="onnxruntime", show_default=True, help="Which engines to serve.")
+@click.option(
+    "--target",
+    help="Which engines to serve [default: onnxruntime if the stack names it, else its first].",
+)
 @click.option("--native", is_flag=True, help="Triton's TensorRT backend runs the encoders (target tensorrt).")
 @click.option("--out", type=click.Path(path_type=Path), help="Default: <build dir>/repository.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def write(stack: Path, target: str, as_json: bool, **options: Any) -> None:
+def write(stack: Path, target: str | None, as_json: bool, **options: Any) -> None:
     """Write the model repository of a stack whose engines are built.
 
     \b
@@ -88,9 +91,11 @@ def write(stack: Path, target: str, as_json: bool, **options: Any) -> None:
     from build_engines.stack import TARGETS, load_stack
     from triton_repo.writer import not_judged, write_repository
 
-    if target not in TARGETS:
+    if target not in (None, *TARGETS):
         raise click.BadParameter(f"{target!r} is not one of {', '.join(TARGETS)}", param_hint="--target")
     resolved = load_stack(stack, build_dir=options["build_dir"])
+    if target is None:
+        target = "onnxruntime" if "onnxruntime" in resolved.targets else resolved.targets[0]
     engines = resolved.build_dir / "engines"
     out = options["out"] or resolved.build_dir / "repository"
     repository = write_repository(resolved, engines, out, target=target, native=options["native"])

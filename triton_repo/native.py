@@ -44,7 +44,8 @@ def check_native(model: Model, target: str) -> None:
             f"--native needs engines of the target tensorrt, not {target}",
             cause="Triton's own TensorRT backend runs nothing else: not TensorRT-RTX, whose engines are of "
             "another library, and not ONNX Runtime's CPU engines",
-            next_step='add "tensorrt" to the targets and build on the GPU, or leave out --native',
+            next_step='name "tensorrt" in targets, build on the GPU and add --target tensorrt, or leave out '
+            "--native",
         )
     if model.queue.priority_levels:
         raise RepositoryError(

@@ -220,6 +220,12 @@ class Server:
         if failed:
             reasons = "\n".join(f"  {model}: {reason}" for model, reason in failed.items())
             names = ", ".join(failed)
+            if set(failed.values()) == {server_log.NO_GPU}:
+                return ServerError(
+                    f"tritonserver could not load {names}: {server_log.NO_GPU}",
+                    next_step="serve it where the card is (triton-repo container prints how), or the CPU's "
+                    "engines here: triton-repo write STACK",
+                )
             return ServerError(
                 f"tritonserver could not load {names}\n{reasons}",
                 next_step=f"write the repository again (triton-repo write), or read {self.log}",

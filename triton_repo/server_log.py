@@ -10,6 +10,8 @@ _CONFIG = re.compile(r"Poll failed for model directory '([^']+)': (.*)|failed to
 _PORT_TAKEN = re.compile(r"failed to start (\w+) service: .*in use", re.IGNORECASE)
 _ERROR = re.compile(r"^(?:E\d{4} .*?\] |error: )(.*)$", re.MULTILINE)
 
+NO_GPU = "it is for a GPU, and Triton finds none here (no driver, or a container started without --gpus)"
+
 
 def loaded(log: str) -> set[str]:
     """Models that are ready."""
@@ -39,9 +41,7 @@ def last_errors(log: str, count: int = 5) -> list[str]:
 def _first_part(reason: str) -> str:
     text = reason.rstrip().rstrip('"').split("\\n\\nAt:")[0].replace("\\n", "\n").replace('\\"', '"').strip()
     if "unsupported gpu id" in text:
-        return (
-            "it is for a GPU, and Triton finds none here (no driver, or a container started without --gpus)"
-        )
+        return NO_GPU
     if "backend library for backend 'tensorrt'" in text:
         return "this tritonserver has no TensorRT backend; NVIDIA's container has one (triton-repo container)"
     for prefix in ("Internal: ", "TritonModelException: ", "Invalid argument: "):

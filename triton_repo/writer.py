@@ -30,7 +30,7 @@ from triton_repo.runtime import fingerprint
 from triton_repo.runtime.session import EngineRefused, check_files, read_manifest
 
 _PACKAGE = Path(__file__).parent
-_BUILD_AGAIN = "build it again: build-engines build"
+_BUILD_AGAIN = "build it again: build-engines build STACK"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,12 @@ def write_repository(
     engine, RepositoryError for one that cannot be served so and when the repository cannot be written; `out`
     is then as it was before.
     """
+    others = [model for model in stack.models.values() if model.target is None]
+    if others and target not in stack.targets:
+        raise RepositoryError(
+            f"{stack.path}: targets names {', '.join(stack.targets)}, not {target}",
+            next_step=f'write --target {stack.targets[0]}, or add "{target}" to targets and build it',
+        )
     if native:
         for model in stack.models.values():
             if model.task != "generate":

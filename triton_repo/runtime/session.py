@@ -43,7 +43,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EngineRefused(f"{path}: no manifest, so this is not a finished engine") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EngineRefused(f"{path}: unreadable manifest ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
         raise EngineRefused(f"{path}: not a manifest of format {MANIFEST_FORMAT}")

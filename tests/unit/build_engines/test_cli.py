@@ -284,6 +284,11 @@ def bare(folder: Path) -> Path:
     return folder / "engine.trt"
 
 
+def nested(folder: Path) -> Path:
+    (folder / "manifest.json").write_text("[" * 100_000)
+    return folder
+
+
 def foreign(folder: Path) -> Path:
     (folder / "manifest.json").unlink()
     (folder / "engine.trt").write_bytes(b"ftrt" + bytes(200))
@@ -297,6 +302,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda folder: with_manifest(folder, compute_capability="8.9"),
         "compiled for compute capability 12.0",
     ),
+    "no settings": (lambda folder: with_manifest(folder, gates=3), "does not say what it should"),
+    "another manifest": (lambda folder: with_manifest(folder, profile=None), "does not say what it should"),
+    "nested": (nested, "unreadable manifest"),
     "no manifest": (bare, "a whole TensorRT-RTX"),
     "no engine": (foreign, "is no TensorRT-RTX engine"),
 }

@@ -135,6 +135,7 @@ def test_the_summary_tells_the_client_what_is_served(stack: Stack, tmp_path: Pat
     assert talks == TALKS
     assert found == {
         "task": "generate",
+        "target": "onnxruntime",
         "source": str(tmp_path / "assistant"),
         "variants": {"int8-weights": "assistant", "fp16": "assistant-fp16"},
         "slots": 4,

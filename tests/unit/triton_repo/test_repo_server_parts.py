@@ -216,6 +216,19 @@ def test_a_missing_gpu_is_said_in_plain_words() -> None:
     assert server_log.failures(log)["vector"].startswith("it is for a GPU, and Triton finds none here")
 
 
+def test_a_repository_for_a_gpu_is_not_to_be_written_again_but_served_elsewhere(repository: Path) -> None:
+    lines = [
+        f"E1120 19:49:01.1 7 model_lifecycle.cc:642] \"failed to load '{name}' version 1: Invalid argument: "
+        f'instance group {name}_0 of model {name} specifies invalid or unsupported gpu id 0."\n'
+        for name in ("a", "b")
+    ]
+    refused = Server(repository)._start_error("".join(lines))
+    assert "could not load a, b: it is for a GPU" in str(refused)
+    assert "triton-repo container" in str(refused)
+    lines.append("E1120 19:49:01.1 7 x.cc:1] \"failed to load 'c' version 1: Internal: altered\"\n")
+    assert "  c: altered" in str(Server(repository)._start_error("".join(lines)))
+
+
 @pytest.mark.parametrize(
     ("target", "library", "image"),
     [

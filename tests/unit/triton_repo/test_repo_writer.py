@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +109,33 @@ def test_the_summary_tells_the_client_what_is_served(stack: Stack, paths: tuple[
     assert lines == [{"text": "good, really", "label": "positive"}, {"text": "bad", "label": "negative"}]
     groups = [json.loads(line) for line in Path(order["evaluation"]).read_text().splitlines()]
     assert groups == [{"query": "q", "passages": ["a", "b"], "relevance": [1.0, 0.0]}]
+
+
+def test_the_target_is_one_that_the_stack_names(stack: Stack, paths: tuple[Path, Path]) -> None:
+    engines, out = paths
+    with pytest.raises(RepositoryError, match="targets names onnxruntime, not tensorrt-rtx") as refused:
+        write_repository(stack, engines, out, target="tensorrt-rtx")
+    assert "--target onnxruntime" in str(refused.value)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("targets", "chosen"),
+    [(["tensorrt-rtx"], "tensorrt-rtx"), (["tensorrt-rtx", "onnxruntime"], "onnxruntime")],
+)
+def test_without_a_target_the_cpu_s_engines_are_served_else_the_first_s(
+    stack: Stack, paths: tuple[Path, Path], targets: list[str], chosen: str
+) -> None:
+    """None is built for the GPU here, so the folder that is missed tells which was looked for."""
+    engines, out = paths
+    text = stack.path.read_text()
+    stack.path.write_text(f"targets = {json.dumps(targets)}\n{text}")
+    if chosen == "onnxruntime":
+        shutil.rmtree(engines / "sentiment" / "int8" / "onnxruntime")
+    options = ["write", str(stack.path), "--build-dir", str(engines.parent), "--out", str(out)]
+    result = CliRunner().invoke(main, options)
+    assert result.exit_code == ArtifactError.exit_code, result.output
+    assert f"engines/sentiment/int8/{chosen}/manifest.json" in result.output
 
 
 def test_an_existing_repository_is_replaced_as_a_whole(stack: Stack, paths: tuple[Path, Path]) -> None:
