@@ -15,6 +15,7 @@ from build_engines.gpu.results import Clock, Row, Skipped, said
 from build_engines.gpu.settings import Run
 from build_engines.gpu.timing import encoder_arrays
 from build_engines.manifest import StageRun
+from build_engines.stack_types import compiles
 
 _SIDE: Final = "build"
 _MODEL_S: Final = 120.0
@@ -44,6 +45,8 @@ def build_engine(run: Run, clock: Clock, model: str, precision: str, target: str
     built: Path | None = None
     with run.results.case("build", precision, model=model, contender=target) as outcome:
         stack = run.stack
+        if not compiles(target, stack.models[model].task, precision):  # type: ignore[arg-type]
+            raise Skipped(f"{target} has no {precision}")
         found = run.side(_SIDE).call(build_one, stack.path, stack.build_dir, wanted, seconds=clock.need(5))
         built = Path(found["folder"])
         run.results.add(
@@ -57,7 +60,7 @@ def build_engine(run: Run, clock: Clock, model: str, precision: str, target: str
                 note=found["note"],
             )
         )
-    if outcome.status != "skipped":  # for want of time, of which there may be more later
+    if outcome.status != "skipped":  # for want of time there may be more of later
         run.built[wanted] = built
     return built
 
@@ -141,8 +144,6 @@ def build_one(path: Path, build_dir: Path, wanted: tuple[str, str, str]) -> dict
     model = replace(stack.models[name], precisions=(precision,))  # type: ignore[arg-type]
     started = time.monotonic()
     built = build_stack(replace(stack, models={name: model}), _Quiet(), targets=[target])
-    if not built:
-        raise Skipped(f"{target} has no {precision}")
     manifest = built[0].manifest
     size = (built[0].folder / manifest["engine"]["file"]).stat().st_size
     notes = [f"{size / 2**20:,.0f} MiB"]

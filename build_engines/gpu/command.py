@@ -13,6 +13,7 @@ from typing import Final
 
 from build_engines.errors import ArtifactError
 from build_engines.gpu import machine
+from build_engines.gpu.baselines import EAGER
 from build_engines.gpu.building import is_portable, usable_targets
 from build_engines.gpu.ceilings import TORCH, measure_ceilings
 from build_engines.gpu.decoders import measure_decoders
@@ -79,7 +80,10 @@ def _parts(run: Run, why: str) -> None:
     side = run.side(TORCH)
     run.ceilings = measure_ceilings(side, settings.device, run.results, settings.ceilings, _CEILINGS_S)
     targets = usable_targets(run)
-    _write_stack(run, targets)
+    with run.results.case("build", "stack file") as outcome:
+        _write_stack(run, targets)
+    if not outcome.measured:
+        return
     encoders, memory, served = (60 * settings.minutes * share for share in (_ENCODERS, _MEMORY, _SERVED))
     if not targets:
         memory = served = 0.0
@@ -92,7 +96,7 @@ def _parts(run: Run, why: str) -> None:
 
     part(measure_decoders, encoders + memory + served, Race())
     part(measure_encoders, memory + served, Race())
-    if settings.compiled:
+    if settings.compiled and any(row.contender == EAGER for row in run.results.measured()):
         left = clock.left - memory - served  # half of it for the LLM
         part(measure_decoders, left / 2 + memory + served, Race(compiled=True))
         part(measure_encoders, memory + served, Race(compiled=True))
@@ -109,5 +113,5 @@ def _write_stack(run: Run, targets: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     capability = run.card.compute_capability if run.card else _STAND_IN
     portable = is_portable(targets, capability)
-    path = write_stack_file(folder, run.settings.sizes, targets or ["onnxruntime"], capability, portable)
+    path = write_stack_file(folder, run.settings.sizes, targets, capability, portable)
     run.stack = load_stack(path, build_dir=folder / "build")

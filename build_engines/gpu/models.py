@@ -22,7 +22,7 @@ from calibration.samples import data_file, load_groups, load_texts
 CARD_MIB: Final = 16_303  # an RTX 5070 Ti's: what the stack is planned for and must stay inside
 ENCODERS: Final = {"classifier": "classify", "embedder": "embed", "reranker": "rerank"}
 LLM: Final = "assistant"
-_EVALUATED, _GROUPS, _CONVERSATIONS, _CALIBRATED = 48, 12, 8, 32
+_EVALUATED, _GROUPS, _CONVERSATIONS, _CALIBRATED = 24, 6, 3, 16
 _LABELS = ("negative", "positive")
 
 
@@ -102,10 +102,12 @@ def write_stack_file(
     """`folder`/stack.toml for those models.
 
     `capability` is the compute capability to compile for, "12.0"; `portable` asks for engines of every card
-    that the library knows, where it does not compile for this one.
+    that the library knows, where it does not compile for this one. The CPU's target is always named: it runs
+    every precision, which a stack's targets must together.
     """
     path = folder / "stack.toml"
-    path.write_text(_stack_file(sizes, targets, capability, portable), encoding="utf-8")
+    named = dict.fromkeys([*targets, "onnxruntime"])
+    path.write_text(_stack_file(sizes, list(named), capability, portable), encoding="utf-8")
     return path
 
 

@@ -17,21 +17,23 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from fake_gpu import FakeCudart
 
 from build_engines.cli import main
 from build_engines.errors import ArtifactError
 from build_engines.gpu import command, encoders, machine, served
-from build_engines.gpu.building import build_engine
+from build_engines.gpu.building import build_engine, usable_targets
 from build_engines.gpu.ceilings import SMALL, Ceilings
 from build_engines.gpu.command import run_bench
 from build_engines.gpu.decoders import parameters
 from build_engines.gpu.memory import measure_memory
-from build_engines.gpu.models import EncoderSize, Sizes, one_billion
+from build_engines.gpu.models import EncoderSize, Sizes, one_billion, write_stack_file
 from build_engines.gpu.report import document, render, write_files
 from build_engines.gpu.results import Clock, Results, Row
-from build_engines.gpu.settings import Run, Settings
+from build_engines.gpu.settings import Race, Run, Settings
 from build_engines.random_model import RandomLlama
 from build_engines.stack import load_stack
+from triton_repo.runtime.gpu import cuda
 
 ROOT = Path(__file__).parents[3]
 SIZES = Sizes(
@@ -152,6 +154,88 @@ def test_an_engine_that_cannot_be_built_is_a_row(again: Run) -> None:
     (row,) = again.results.rows
     assert row.status == "failed"
     assert "tensorrt" in row.reason
+
+
+def test_an_order_of_work_in_which_what_tells_most_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[Any, ...]] = []
+    for name in ("decoders", "encoders", "memory", "served"):
+        monkeypatch.setattr(
+            command,
+            f"measure_{name}",
+            lambda run, targets, clock, *race, name=name: (
+                done.append((name, clock.left > 0, *race)),
+                run.results.add(Row(part="encoders", case="1 x 8", contender="torch fp16", value=1.0)),
+            ),
+        )
+    monkeypatch.setattr(command, "usable_targets", lambda run: ["tensorrt-rtx", "onnxruntime-cuda"])
+    monkeypatch.setattr(command, "measure_ceilings", lambda *_: Ceilings())
+    run_bench(replace(settings(tmp_path), compiled=True), lambda text: None)
+    engines, compiled, every = Race(), Race(compiled=True), Race(every=True)
+    assert [(name, *race) for name, _, *race in done] == [
+        ("decoders", engines),
+        ("encoders", engines),
+        ("decoders", compiled),
+        ("encoders", compiled),
+        ("memory",),
+        ("served",),
+        ("decoders", every),
+        ("encoders", every),
+    ]
+    assert all(has_time for _, has_time, *_ in done)
+
+
+def test_a_figure_that_is_measured_again_replaces_the_first() -> None:
+    results = Results(lambda text: None)
+    row = Row(part="encoders", case="1 x 8", contender="torch fp16", way="host", value=2.0)
+    results.add(row)
+    results.add(replace(row, way="device"))
+    results.add(replace(row, value=3.0))
+    assert [(found.way, found.value) for found in results.rows] == [("host", 3.0), ("device", 2.0)]
+
+
+@pytest.mark.parametrize("target", ["tensorrt-rtx", "onnxruntime-cuda"])
+def test_a_machine_with_one_target_has_a_stack_of_all_precisions(tmp_path: Path, target: str) -> None:
+    """Not each target runs each precision, and a stack file must name one that does."""
+    stack = load_stack(write_stack_file(tmp_path, Sizes(), [target], "12.0", portable=False))
+    assert target in stack.targets
+    assert stack.models["assistant"].precisions == ("int8-weights", "fp16")
+
+
+class Here:
+    """A side in this process."""
+
+    def call(self, function: Callable[..., Any], *arguments: Any, seconds: float) -> Any:
+        assert seconds > 0
+        return function(*arguments)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.skipif(bool(shutil.which("nvidia-smi")), reason="a GPU is here")
+def test_a_target_that_refuses_this_card_is_quoted_and_the_next_one_asked(
+    again: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real TensorRT-RTX on the portable engine that it made; of ONNX Runtime the one for CPUs is here."""
+    api = FakeCudart(compute_capability="9.0")
+    monkeypatch.setattr(cuda, "cudart", lambda: api)
+    again.settings = replace(
+        again.settings, folder=tmp_path, device="cuda", targets=("tensorrt-rtx", "onnxruntime-cuda")
+    )
+    again.card = GPU
+    again._sides["build"] = Here()  # type: ignore[assignment]
+    assert usable_targets(again) == []
+    refused, missing = again.results.rows
+    assert (refused.case, refused.contender, refused.status) == (
+        "a small portable engine",
+        "tensorrt-rtx",
+        "failed",
+    )
+    assert "cannot run here: Error reading CUDA GPU properties" in refused.reason
+    assert (missing.contender, missing.status) == ("onnxruntime-cuda", "skipped")
+    assert "the one for CPUs" in missing.reason
 
 
 def test_memory_of_each_engine_and_of_the_whole_stack(again: Run) -> None:
