@@ -85,6 +85,21 @@ def test_the_real_module_takes_the_arguments_that_it_is_given() -> None:
     assert all(isinstance(answer[0], real.cudaError_t) for answer in answers.values())
 
 
+@pytest.mark.parametrize("function", ["cudaGetErrorString", "cudaGetDeviceCount"])
+def test_bindings_that_raise_where_there_is_no_driver(
+    api: FakeCudart, function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object) -> None:
+        raise RuntimeError('Function "cuInit" not found')
+
+    api.fail("cudaGetDeviceCount", code="cudaErrorInsufficientDriver")
+    monkeypatch.setattr(api, function, missing)
+    found = find_device(api=api)
+    assert isinstance(found, NoDevice)
+    assert "cudaGetDeviceCount failed" in found.reason
+    assert "nvidia-smi" in found.reason
+
+
 def test_without_a_driver_there_is_no_gpu_and_a_reason() -> None:
     if device_count():
         pytest.skip("this machine has a GPU")
@@ -102,7 +117,6 @@ def test_a_device_that_is_not_there(api: FakeCudart) -> None:
     assert isinstance(found, NoDevice)
     assert "no GPU 2: this process sees 2" in found.reason
     api.devices = 0
-    assert device_count(api=api) == 0
     found = find_device(0, api=api)
     assert isinstance(found, NoDevice)
     assert "CUDA_VISIBLE_DEVICES" in found.reason

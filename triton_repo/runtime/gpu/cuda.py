@@ -105,7 +105,11 @@ class _Calls:
         self._success = api.cudaError_t.cudaSuccess
 
     def __call__(self, name: str, *arguments: Any) -> Any:
-        error, *values = getattr(self.api, name)(*arguments)
+        try:
+            error, *values = getattr(self.api, name)(*arguments)
+        except RuntimeError as missing:  # so cuda-bindings before 12.9, where there is no driver
+            code = "cudaErrorInsufficientDriver"
+            raise CudaError(f"{name} failed: {missing}; {_CAUSES[code]}", code) from missing
         if error != self._success:
             raise self._error(name, error)
         return values if len(values) > 1 else values[0] if values else None
@@ -118,7 +122,10 @@ class _Calls:
         return CudaError(f"{name} failed: {code} ({text})" + (f"; {cause}" if cause else ""), code)
 
     def _text(self, name: str, error: Any) -> str:
-        _, value = getattr(self.api, name)(error)
+        try:
+            _, value = getattr(self.api, name)(error)
+        except RuntimeError:
+            return str(error.name)
         return value.decode() if isinstance(value, bytes) else str(value)
 
 
