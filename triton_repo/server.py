@@ -224,7 +224,7 @@ class Server:
                 return ServerError(
                     f"tritonserver could not load {names}: {server_log.NO_GPU}",
                     next_step="serve it where the card is (triton-repo container prints how), or the CPU's "
-                    "engines here: triton-repo write STACK",
+                    "engines here: triton-repo write STACK --target onnxruntime",
                 )
             return ServerError(
                 f"tritonserver could not load {names}\n{reasons}",
