@@ -35,7 +35,7 @@ from build_engines.shapes import read_decoder_shape
 from build_engines.stack import Model
 from triton_repo.runtime.decoder import DecoderEngine
 from triton_repo.runtime.generation import GenerationService
-from triton_repo.runtime.gpu.cuda import Device, DeviceMemoryFull
+from triton_repo.runtime.gpu.cuda import CudaError, Device, DeviceMemoryFull
 from triton_repo.runtime.gpu.decoder import GpuDecoder
 from triton_repo.runtime.scheduler import Scheduler
 from triton_repo.runtime.session import EngineRefused
@@ -248,6 +248,18 @@ def test_closing_gives_everything_back(folder: Path) -> None:
     gpu.engine.close()
     assert not gpu.leaks()
     assert (folder / "kernels.cache").stat().st_size
+
+
+@pytest.mark.parametrize("rtx", [True, False], ids=["tensorrt-rtx", "tensorrt"])
+def test_closing_behind_a_lost_device_lets_go_of_everything(folder: Path, rtx: bool) -> None:
+    gpu = Gpu(folder, rtx)
+    gpu.engine.prefill(0, [5, 6, 7], 0)
+    for length in range(3, 23):  # long enough for a graph
+        gpu.engine.decode([0], [5], [length])
+    gpu.api.fail("cudaStreamSynchronize", code="cudaErrorLaunchFailure")
+    with pytest.raises(CudaError, match="cudaErrorLaunchFailure"):
+        gpu.engine.close()
+    assert not gpu.leaks()
 
 
 def test_the_whole_service_over_it(gpu: Gpu, folder: Path) -> None:

@@ -112,9 +112,11 @@ class GpuDecoder:
         self._engine.save_cache()
 
     def close(self) -> None:
-        """Give everything on the device back."""
-        self._engine.close()
-        self._device.close()
+        """Give everything on the device back; a second time does nothing."""
+        try:
+            self._engine.close()
+        finally:
+            self._device.close()
 
     def _buffers(self) -> None:
         """Ids, lengths and wanted positions side by side, so that one copy brings all; and the logits."""

@@ -6,6 +6,7 @@ activations, as large as the largest optimization profile needs: that is what th
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,16 +121,18 @@ class TensorRTEngine:
         """Save the runtime cache, then free contexts, weights and activations; a second time does nothing."""
         if self._engine is None:
             return
-        try:
+        with contextlib.ExitStack() as last:  # all of it, also when the device is lost
+            last.callback(self._activations.close)
+            last.callback(self._forget)
+            for context in self._contexts:
+                last.callback(context._close)
             self.device.synchronize()
             self.save_cache()
-            for context in self._contexts:
-                context._close()
-        finally:
-            self._contexts.clear()
-            self._configs.clear()
-            self.runtime_cache = self._engine = self._runtime = None
-            self._activations.close()
+
+    def _forget(self) -> None:
+        self._contexts.clear()
+        self._configs.clear()
+        self.runtime_cache = self._engine = self._runtime = None
 
     def _fits(self, name: str, shape: Shape, profile: int) -> bool:
         low, _, high = self.tensors[name].ranges[profile]
@@ -278,9 +281,9 @@ class ExecutionContext:
         return lambda: bound.run(shapes, addresses)
 
     def _close(self) -> None:
-        if self._graphs is not None:
-            self._graphs.close()
-        self._bound.handle = None
+        graphs, self._graphs, self._bound.handle = self._graphs, None, None
+        if graphs is not None:
+            graphs.close()
 
 
 class _Bound:
