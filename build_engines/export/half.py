@@ -1,9 +1,9 @@
 """to_fp16: an FP32 graph, with or without Q/DQ, rewritten so that its tensors are FP16.
 
 Types are followed node by node from the operators' own schemas. A node stays in float32 when FP16 would not
-hold what it computes: the pooling and output tail, and a Q or DQ whose scale is below FP16's normal range
-(its relative error would reach percents), with those of the other operand of its MatMul. Casts go where the
-two meet. INT8 weights and zero points stay as they are, and graph inputs and outputs keep their types.
+hold what it computes: the pooling and output tail, and a Q or DQ whose scale is too small for it (its
+relative error would reach percents), with those of its MatMul's other operand. Casts go where the two meet.
+INT8 weights and zero points stay as they are, and graph inputs and outputs keep their types.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 FLOAT, INT64, FLOAT16 = 1, 7, 10  # onnx.TensorProto's codes
 _FP16_MAX = float(np.finfo(np.float16).max)
 _FP16_TINY = float(np.finfo(np.float16).tiny)  # the smallest normal number
+_FP16_ROUNDING = 2.0**-11  # of normal numbers, relative
 KEPT_IN_FLOAT = ("pooling.", "output.")
 _QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 
@@ -168,7 +169,10 @@ class _Halver:
         """
         quantizers = [node for node in self.model.graph.node if node.op_type in _QUANTIZERS]
         scale_of = {node.output[0]: node.input[1] for node in quantizers if node.input[1] in self.arrays}
-        small = {name for name in scale_of.values() if _below_half(self.arrays[name])}
+        divisors = {node.input[1] for node in quantizers if node.op_type == "QuantizeLinear"}
+        small = {
+            name for name in scale_of.values() if not _in_half(self.arrays[name], normal=name in divisors)
+        }
         found = set(small)
         for node in self.model.graph.node:
             if node.op_type == "MatMul":
@@ -239,10 +243,12 @@ def _only_type(formal: onnx.defs.OpSchema.FormalParameter, node: onnx.NodeProto)
     return int(TensorProto.DataType.Value(allowed.removeprefix("tensor(").removesuffix(")").upper()))
 
 
-def _below_half(scale: onnx.TensorProto) -> bool:
-    """Whether one of its numbers is below FP16's normal range."""
-    magnitude = np.abs(_array(scale))
-    return bool(magnitude.size) and float(magnitude.min()) < _FP16_TINY
+def _in_half(scale: onnx.TensorProto, *, normal: bool) -> bool:
+    """Whether FP16 holds these numbers to its usual precision, and, if asked, their inverses too."""
+    values = np.minimum(np.abs(_array(scale)), _FP16_MAX)
+    rounded = values.astype(np.float16).astype(values.dtype)
+    held = np.abs(rounded - values) <= _FP16_ROUNDING * values
+    return bool((held & (values >= _FP16_TINY) if normal else held).all())
 
 
 def _array(tensor: onnx.TensorProto) -> Array:

@@ -91,7 +91,7 @@ def clip_weight(weight: FloatArray, rows: FloatArray, moments: FloatArray | None
         largest = np.maximum(block.max(axis=0), -block.min(axis=0))
         if not np.isfinite(largest).all():
             raise QuantizeError("a weight is not finite: the checkpoint is damaged")
-        plain = _half_scale(largest / _MOST)
+        plain = half_scale(largest / _MOST)
         chosen = _proposed(block, largest, weighed)
         _keep_better(block, plain, chosen, rows, totals)
         codes[:, part] = _encode(block, chosen)
@@ -107,7 +107,7 @@ def clip_weight(weight: FloatArray, rows: FloatArray, moments: FloatArray | None
 
 def plain_rows(table: FloatArray) -> tuple[Codes, FloatArray]:
     """An embedding table [rows, width] in INT8 with a scale per row: a lookup has no inputs to weigh by."""
-    scale = _half_scale(np.abs(table).max(axis=1) / _MOST)
+    scale = half_scale(np.abs(table).max(axis=1) / _MOST)
     codes = np.empty(table.shape, dtype=np.int8)
     step = max(1, _BLOCK // table.shape[1])
     for start in range(0, len(table), step):
@@ -170,7 +170,7 @@ def _blocks(inputs: int, outputs: int) -> Iterator[slice]:
         yield slice(start, min(start + step, outputs))
 
 
-def _half_scale(scale: FloatArray) -> FloatArray:
+def half_scale(scale: FloatArray) -> FloatArray:
     """The FP16 number next to each scale; a channel of zeros has a scale too."""
     return np.asarray(np.maximum(scale, _LEAST_SCALE).astype(np.float16), dtype=np.float32)
 
@@ -206,7 +206,7 @@ def _proposed(block: FloatArray, largest: FloatArray, inputs: _Inputs) -> FloatA
     at_largest, chosen = np.zeros(count), largest.copy()
     for step in range(_RANGES):
         limit = largest - (largest - least) * np.float32((step / _RANGES) ** 2)
-        scale = _half_scale(limit / _MOST)
+        scale = half_scale(limit / _MOST)
         error = np.square(_error(heavy, scale)).T @ inputs.heavy_moments
         over = np.maximum(values - limit[channel], 0)
         error = error + np.bincount(channel, weights=over * over * weights, minlength=count)
@@ -214,7 +214,7 @@ def _proposed(block: FloatArray, largest: FloatArray, inputs: _Inputs) -> FloatA
         better = error < best
         best, chosen = np.where(better, error, best), np.where(better, scale, chosen)
         at_largest = error if step == 0 else at_largest
-    return np.where(best < _WORTH * at_largest, chosen, _half_scale(largest / _MOST))
+    return np.where(best < _WORTH * at_largest, chosen, half_scale(largest / _MOST))
 
 
 def _keep_better(

@@ -16,13 +16,15 @@ The bias also absorbs the mean error that is left (bias correction, Nagel et al.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from build_engines.quantize.calibrators import CALIBRATORS
+from build_engines.quantize.clipping import half_scale
 from build_engines.quantize.linears import FloatArray
 from build_engines.quantize.statistics import InputStatistics
 
@@ -32,6 +34,9 @@ ALPHAS = (0.5, 0.7, 0.8, 0.9, 1.0)
 WORTH = 0.5
 SHIFT_WORTH = 0.9
 _LEAST = 1e-5
+# An activation is divided by its scale: a normal FP16 number, whose inverse is one too. A weight is not.
+_LEAST_SCALE = float(np.finfo(np.float16).tiny)
+_MOST_LIFT = 64  # times the largest multiplier of a rewrite, still an FP16 number
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +75,7 @@ class StaticScales:
 def quantize_weight(weight: FloatArray) -> QuantizedWeight:
     """Symmetric, per output channel, in [-127, 127]; scales are FP16 numbers so that no cast changes them."""
     largest = np.abs(weight).max(axis=0)
-    # A dead channel's scale is free; one below FP16's range would keep all of the weight's scales in float32.
-    scale = _as_half(np.where(largest > _LEAST, largest, 127) / 127)
+    scale = half_scale(np.where(largest > _LEAST, largest, 127) / 127)  # a dead channel's is free
     return QuantizedWeight(np.clip(np.rint(weight / scale), -127, 127).astype(np.int8), scale)
 
 
@@ -87,9 +91,19 @@ def search_scales(
     """The best static INT8 form of one Linear, by the error of its output on `statistics.rows`.
 
     `method` is a calibrator's name; `smoothing` is "auto" (smoothing and shifting where they help) or "off";
-    `stagger` [inputs] moves each channel's offset by that many quantization steps (outliers.py).
+    `stagger` [inputs] moves each channel's offset by that many quantization steps (outliers.py). An input too
+    small for an FP16 scale is multiplied by a power of two, and the weight divided by it.
     """
-    search = _Search(weight, statistics, Calibration(method, percentile), stagger)
+    calibration, lift = Calibration(method, percentile), _lift(statistics)
+    if lift == 1:
+        return _best(_Search(weight, statistics, calibration, stagger), smoothing)
+    lifted = InputStatistics(statistics.low * lift, statistics.high * lift, statistics.rows * lift)
+    found = _best(_Search(weight / lift, lifted, calibration, stagger), smoothing)
+    rewrite = found.rewrite or Rewrite(np.ones(len(weight), dtype=np.float32), None)
+    return replace(found, rewrite=Rewrite(rewrite.multiplier * lift, rewrite.offset))
+
+
+def _best(search: _Search, smoothing: str) -> StaticScales:
     plain = search.candidate(None, shifted=False)
     if smoothing == "off":
         return plain
@@ -160,8 +174,16 @@ class _Search:
         return Rewrite(multiplier, _as_half(-centre * multiplier) if shifted else None)
 
 
+def _lift(statistics: InputStatistics) -> np.float32:
+    """The power of two, at most _MOST_LIFT, that makes the scale of this input at least _LEAST_SCALE."""
+    reach = max(float(np.abs(statistics.low).max()), float(np.abs(statistics.high).max()))
+    if not 0 < reach < 127 * _LEAST_SCALE:
+        return np.float32(1)
+    return np.float32(min(2 ** math.ceil(math.log2(127 * _LEAST_SCALE / reach)), _MOST_LIFT))
+
+
 def _activation_scale(threshold: float) -> np.float32:
-    return np.float32(_as_half(np.asarray(max(threshold, _LEAST) / 127)))
+    return np.float32(_as_half(np.asarray(max(threshold / 127, _LEAST_SCALE))))
 
 
 def _as_half(values: npt.NDArray[np.floating[Any]]) -> FloatArray:

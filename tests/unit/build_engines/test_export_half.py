@@ -73,6 +73,14 @@ def test_scales_below_half_precision_are_kept_in_float(tmp_path: Path) -> None:
     np.testing.assert_allclose(run(half, tmp_path, x)[:, 0], expected[:, 0], rtol=0.05)
 
 
+def test_subnormal_scales_that_half_precision_holds_become_half() -> None:
+    """The quantizer chooses such scales for weights. Activations are divided by theirs: 2^20 is too much."""
+    half = to_fp16(quantized_linear(2.0, [3 * 2.0**-24, 1e-3, 1e-3]))
+    assert types(half)["w.scale"] == types(half)["x.scale"] == TensorProto.FLOAT16
+    half = to_fp16(quantized_linear(2.0**-20, [1e-3, 1e-3, 1e-3]))
+    assert types(half)["w.scale.fp32"] == types(half)["x.scale.fp32"] == TensorProto.FLOAT
+
+
 @pytest.mark.parametrize(("activation", "weight"), [(2.0, 3e-8), (9.5e-6, 1e-3), (9.5e-6, 3e-8)])
 def test_both_scales_of_a_product_have_one_type(activation: float, weight: float, tmp_path: Path) -> None:
     """TensorRT refuses an INT8 product with one scale in FP16 and one in float; its output stays FP16."""

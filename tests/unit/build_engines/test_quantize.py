@@ -277,6 +277,33 @@ def test_dead_channels_do_not_spoil_the_others() -> None:
     assert (found.values[:, 1:3] == 0).all()
 
 
+@pytest.mark.parametrize("smoothing", ["auto", "off"])
+@pytest.mark.parametrize(("exponent", "lift"), [(-8, 2), (-11, 16), (-30, 64)])
+def test_tiny_activations_are_multiplied_by_a_power_of_two(smoothing: str, exponent: int, lift: int) -> None:
+    """Their scale is then a normal FP16 number, and nothing else changes until FP16 has no more room."""
+    even = np.random.default_rng(0).uniform(-1, 1, (400, 24)).astype(np.float32)
+    even[0, 0] = 1
+    weight = np.random.default_rng(1).choice([-0.1, 0.1], (24, 16)).astype(np.float32)
+    usual, tiny = (
+        search_scales(
+            weight,
+            InputStatistics(rows.min(axis=0), rows.max(axis=0), rows),
+            method="minmax",
+            percentile=99.9,
+            smoothing=smoothing,
+        )
+        for rows in (even, even * np.float32(2.0**exponent))
+    )
+    assert usual.rewrite is None
+    assert tiny.rewrite is not None
+    np.testing.assert_array_equal(tiny.rewrite.multiplier, lift)
+    assert tiny.rewrite.offset is None
+    assert tiny.scale >= np.finfo(np.float16).tiny
+    assert is_half(tiny.weight.scale)
+    if exponent > -20:
+        assert tiny.error == pytest.approx(usual.error, rel=0.05)
+
+
 # --- graphs ---
 
 

@@ -68,27 +68,34 @@ def quantized(model: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The FP32 graph of a small embedder with heads of 32."""
+    folder = tmp_path_factory.mktemp("exported")
+    save_tiny(folder / "wide", "bert", "embed", hidden_size=128)
+    return export_encoder(folder / "wide", "embed", folder / "out").path
+
+
+@pytest.fixture(scope="session")
+def graphs(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A small embedder with heads of 32 as fp16 and int8, and one with heads of 8: no kernel fuses those.
 
-    "small-*" are the quantizer's own, of a model with scales that FP16 cannot hold.
+    "usual-*" and "small-*" are the quantizer's own, the latter of tiny weights and activations.
     """
     folder = tmp_path_factory.mktemp("graphs")
-    names = ("fp16", "int8", "narrow", "small-int8", "small-int8-weights")
-    paths = {name: folder / f"{name}.onnx" for name in names}
-    save_tiny(folder / "wide", "bert", "embed", hidden_size=128)
-    exported = export_encoder(folder / "wide", "embed", folder / "wide" / "out").path
-    save_graph(to_fp16(read_graph(exported)), paths["fp16"])
-    save_graph(to_fp16(quantized(read_graph(exported))), paths["int8"])
-    quantizer = Quantizer(with_small_scales(read_graph(exported)))
-    calibration = [batch((8, 24), 0, False)]
-    quantizer.calibrate(calibration, method="minmax", percentile=99.9, smoothing="auto")
-    for mode in ("int8", "int8-weights"):
-        modes: dict[str, Any] = dict.fromkeys((linear.name for linear in quantizer.linears), mode)
-        save_graph(to_fp16(quantizer.assemble(modes)), paths[f"small-{mode}"])
+    quantizers = {"usual": read_graph(exported), "small": with_small_scales(read_graph(exported))}
+    made = {"fp16": read_graph(exported), "int8": quantized(read_graph(exported))}
+    for kind, model in quantizers.items():
+        quantizer = Quantizer(model)
+        calibration = [batch((8, 24), 0, False)]
+        quantizer.calibrate(calibration, method="minmax", percentile=99.9, smoothing="auto")
+        for mode in ("int8", "int8-weights"):
+            modes: dict[str, Any] = dict.fromkeys((linear.name for linear in quantizer.linears), mode)
+            made[f"{kind}-{mode}"] = quantizer.assemble(modes)
     save_tiny(folder / "thin", "bert", "embed")
-    exported = export_encoder(folder / "thin", "embed", folder / "thin" / "out").path
-    save_graph(to_fp16(read_graph(exported)), paths["narrow"])
+    made["narrow"] = read_graph(export_encoder(folder / "thin", "embed", folder / "thin" / "out").path)
+    paths = {name: folder / f"{name}.onnx" for name in made}
+    for name, model in made.items():
+        save_graph(to_fp16(model), paths[name])
     return paths
 
 
@@ -120,21 +127,37 @@ def test_engines_compile_for_every_card_without_a_gpu(
     assert ("QUANTIZE" in result["layers"]) == (precision == "int8")
 
 
-@pytest.mark.parametrize("card", ["7.5", "12.0"])
 @pytest.mark.parametrize("precision", ["int8", "int8-weights"])
-def test_scales_too_small_for_half_precision_compile(
-    precision: str, card: str, graphs: dict[str, Path], tmp_path: Path
+def test_tiny_weights_and_activations_cost_no_casts_and_no_memory(
+    precision: str, graphs: dict[str, Path], tmp_path: Path
+) -> None:
+    """Scales in float compile, but a Linear that has them writes its output in float as well."""
+    tensors = read_graph(graphs[f"small-{precision}"]).graph.initializer
+    scales = [tensor for tensor in tensors if ".scale" in tensor.name]
+    assert min(numpy_helper.to_array(tensor).min() for tensor in scales) < np.finfo(np.float16).tiny
+    assert {tensor.data_type for tensor in scales} == {TensorProto.FLOAT16}
+    found, usual = (compile_to(tmp_path, graphs[f"{kind}-{precision}"]) for kind in ("small", "usual"))
+    assert found["layers"]["CAST"] == usual["layers"]["CAST"]
+    assert found["activation_bytes"] == usual["activation_bytes"]
+
+
+@pytest.mark.parametrize("card", ["7.5", "12.0"])
+@pytest.mark.parametrize("small", ["x.scale", "scale"])
+def test_a_scale_that_half_precision_cannot_hold_compiles(
+    small: str, card: str, exported: Path, tmp_path: Path
 ) -> None:
     """The compiler refuses an INT8 product whose operands have scales of two types."""
-    graph = graphs[f"small-{precision}"]
-    tensors = read_graph(graph).graph.initializer
-    scales = {tensor.name for tensor in tensors if tensor.data_type == TensorProto.FLOAT}
-    assert "layers.0.ffn.up.weight.scale.fp32" in scales
-    assert ("layers.0.ffn.down.input.scale.fp32" in scales) == (precision == "int8")
-    result = compile_to(tmp_path, graph, card)
+    model = quantized(read_graph(exported))
+    name = f"layers.0.ffn.down.{small}"
+    for tensor in model.graph.initializer:
+        if tensor.name == name:
+            values = np.minimum(numpy_helper.to_array(tensor), np.float32(1.23e-6))
+            tensor.CopyFrom(numpy_helper.from_array(values, name))
+    model = to_fp16(model)
+    assert f"{name}.fp32" in {tensor.name for tensor in model.graph.initializer}
+    save_graph(model, tmp_path / "model.onnx")
+    compile_to(tmp_path, tmp_path / "model.onnx", card)
     assert read_header(tmp_path / "engine.trt").compute_capabilities == (card,)
-    assert result["attention"] == "fused"
-    assert ("QUANTIZE" in result["layers"]) == (precision == "int8")
 
 
 def test_portable_engines_are_for_all_cards_from_8_0_on(graphs: dict[str, Path], tmp_path: Path) -> None:

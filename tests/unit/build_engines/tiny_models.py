@@ -96,18 +96,20 @@ def batch(shape: tuple[int, int], pad_id: int, token_types: bool, seed: int = 0)
 
 
 def with_small_scales(model: Any, factor: float = 2.0**-10) -> Any:
-    """`model`, changed: the first FFN has weights, and then activations, whose scales FP16 cannot hold.
+    """`model`, quantized or not, changed: its first FFN has small weights, and then small activations.
 
-    Its second Linear makes up for it, so that the answers still depend on both.
+    The FFN's second Linear makes up for it, so that the answers still depend on both.
     """
     from onnx import numpy_helper
 
-    up, down = "layers.0.ffn.up", "layers.0.ffn.down.weight"
-    factors = {f"{up}.weight": factor, f"{up}.bias_value": factor, down: 1 / factor}
+    small = ("up.weight", "up.bias_value", "up.weight.scale", "down.input.scale", "down.input.offset")
+    factors = dict.fromkeys(small, factor) | dict.fromkeys(("down.weight", "down.weight.scale"), 1 / factor)
     for tensor in model.graph.initializer:
-        if tensor.name in factors:
-            values = numpy_helper.to_array(tensor) * np.float32(factors[tensor.name])
-            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+        values = numpy_helper.to_array(tensor)
+        name = tensor.name.removeprefix("layers.0.ffn.")
+        if name in factors and values.dtype == np.float32:
+            changed = np.asarray(values * np.float32(factors[name]), np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(changed, tensor.name))
     return model
 
 
