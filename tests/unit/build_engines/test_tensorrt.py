@@ -131,7 +131,7 @@ def test_engines_compile_for_every_card_without_a_gpu(
 def test_tiny_weights_and_activations_cost_no_casts_and_no_memory(
     precision: str, graphs: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Scales in float compile, but a Linear that has them writes its output in float as well."""
+    """Scales in float would compile, but with casts, and with more activations than are planned."""
     tensors = read_graph(graphs[f"small-{precision}"]).graph.initializer
     scales = [tensor for tensor in tensors if ".scale" in tensor.name]
     assert min(numpy_helper.to_array(tensor).min() for tensor in scales) < np.finfo(np.float16).tiny
