@@ -10,7 +10,7 @@ from typing import Any
 
 from build_engines.cards import RTX_COMPUTE_CAPABILITIES
 from build_engines.gpu.machine import Card
-from build_engines.gpu.models import EncoderSize, Sizes, write_models, write_stack_file
+from build_engines.gpu.models import EncoderSize, Sizes, write_model, write_stack_file
 from build_engines.manifest import StageRun
 from build_engines.random_model import RandomLlama
 from build_engines.stack import Stack, load_stack
@@ -33,10 +33,11 @@ class SmallStack:
     """`folder(model, precision, target)` is the engine's folder; engines are built when first asked for."""
 
     def __init__(self, folder: Path, target: str, card: Card, stand_in: bool, sizes: Sizes = SIZES) -> None:
-        write_models(folder, sizes)
+        self._sizes, self._home = sizes, folder
+        folder.mkdir(parents=True, exist_ok=True)
         capability = card.compute_capability
         portable = target == "tensorrt-rtx" and capability not in RTX_COMPUTE_CAPABILITIES
-        path = write_stack_file(folder, sizes, sorted({"onnxruntime", target}), capability, portable)
+        path = write_stack_file(folder, sizes, [target], capability, portable)
         self.target, self.stand_in = target, stand_in
         self.stack: Stack = load_stack(path, build_dir=folder / "build")
 
@@ -45,6 +46,7 @@ class SmallStack:
         from build_engines.pipeline import build_stack
 
         target = target or self.target
+        write_model(self._home, model, self._sizes)
         one = replace(self.stack.models[model], precisions=(precision,))  # type: ignore[arg-type]
         stack = replace(self.stack, models={model: one})
         made_here = "onnxruntime" if self.stand_in else target

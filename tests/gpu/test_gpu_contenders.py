@@ -37,7 +37,7 @@ def test_the_network_alone_runs_at_several_shapes(cuda: Any, stacks: Any, target
 
 def test_contenders_are_timed_both_ways(cuda: Any, stacks: Any, target: str) -> None:
     stack = stacks(target)
-    contenders.load_encoder("encoder", stack.folder("embedder", "fp16"), 1000)
+    contenders.load_encoder("encoder", stack.folder("reranker", "fp16"), 1000)
     contenders.load_decoder("llm", stack.folder(LLM, "fp16"))
     try:
         for way in ("host", "device"):
