@@ -11,20 +11,24 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from build_engines.errors import BusyError
+from build_engines.errors import ArtifactError, BusyError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
 @contextlib.contextmanager
-def replaced_folder(out: Path) -> Iterator[Path]:
+def replaced_folder(out: Path, ours: str | None = None) -> Iterator[Path]:
     """Yield an empty folder to fill; on success it takes the place of `out`, on an error it vanishes.
+
+    `ours` is for folders that users name: a pattern that every folder of the kind has a match of. One without
+    is somebody's own, and neither it nor a file is replaced: ArtifactError.
 
     A lock beside `out` keeps a second writer away; the kernel frees it when its holder dies, so whatever a
     killed run left aside is known to be rubbish and is removed by the next run.
     """
     out = out.absolute()
+    _require_ours(out, ours)
     out.parent.mkdir(parents=True, exist_ok=True)
     with locked(out.parent / f".{out.name}.lock", f"{out} is being written by another process"):
         for leftover in out.parent.glob(f".{out.name}.aside-*"):
@@ -36,6 +40,16 @@ def replaced_folder(out: Path) -> Iterator[Path]:
             _swap(aside, out)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _require_ours(out: Path, ours: str | None) -> None:
+    if out.exists() and not out.is_dir():
+        raise ArtifactError(f"{out} is a file, and a folder is to be written", next_step="name another place")
+    if ours and out.is_dir() and any(out.iterdir()) and not any(out.glob(ours)):
+        raise ArtifactError(
+            f"{out} holds other files, which would be deleted: what is written replaces a folder as a whole",
+            next_step="name a new or an empty folder",
+        )
 
 
 def write_text(path: Path, text: str) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 stack_argument = click.argument("stack", type=click.Path(path_type=Path))
 build_dir_option = click.option(
     "--build-dir",
-    type=click.Path(path_type=Path),
+    type=click.Path(file_okay=False, path_type=Path),
     help="Where everything is written [default: build/<stack name>].",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
@@ -152,7 +152,7 @@ def inspect(engine: Path, as_json: bool) -> None:
 
 
 @main.command("demo-models")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @fail_cleanly
 def demo_models(folder: Path) -> None:
     """Train the demo's classifier, reranker and LLM on the bundled texts; about five minutes on two cores.
@@ -220,7 +220,7 @@ def measure(stack: Path, build_dir: Path | None, as_json: bool) -> None:
 
 
 @main.command("random-model")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--llm", is_flag=True, help="A Llama of 189 million parameters instead.")
 @fail_cleanly
 def random_model(folder: Path, llm: bool) -> None:
@@ -240,7 +240,7 @@ def random_model(folder: Path, llm: bool) -> None:
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option(
     "--layers",
     type=click.IntRange(1, 48),
@@ -269,7 +269,7 @@ def flagship(folder: Path, layers: int, as_json: bool) -> None:
 
 
 @main.command("bench-gpu")
-@click.argument("folder", type=click.Path(path_type=Path), default=Path("build/gpu"))
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path), default=Path("build/gpu"))
 @click.option("--minutes", type=click.FloatRange(min=1), default=9, show_default=True)
 @json_option
 @fail_cleanly

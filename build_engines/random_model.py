@@ -58,7 +58,7 @@ def write_random_model(folder: Path) -> None:
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
-    with replaced_folder(folder) as aside:
+    with replaced_folder(folder, ours="config.json") as aside:
         BertModel(BertConfig(), add_pooling_layer=False).save_pretrained(aside)
         shutil.copyfile(Path(found.origin).parent / "model" / "tokenizer.json", aside / "tokenizer.json")
         shutil.copyfile(
@@ -90,7 +90,7 @@ def write_random_llm(
         "versions": versions(("tokenizers", "torch", "transformers")),
     }
     if not is_current(folder, origin):
-        with replaced_folder(folder) as aside:
+        with replaced_folder(folder, ours="config.json") as aside:
             _write_llama_files(aside, shape)
             tensors = list(_llama_tensors(shape))
             if shard_bytes is None:

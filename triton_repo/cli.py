@@ -70,7 +70,7 @@ def main() -> None:
 @click.argument("stack", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
     "--build-dir",
-    type=click.Path(path_type=Path),
+    type=click.Path(file_okay=False, path_type=Path),
     help="Where the engines are [default: build/<stack name>].",
 )
 @click.option(
@@ -78,7 +78,11 @@ def main() -> None:
     help="Which engines to serve [default: onnxruntime if the stack names it, else its first].",
 )
 @click.option("--native", is_flag=True, help="Triton's TensorRT backend runs the encoders (target tensorrt).")
-@click.option("--out", type=click.Path(path_type=Path), help="Default: <build dir>/repository.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Replaced as a whole [default: <build dir>/repository].",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def write(stack: Path, target: str | None, as_json: bool, **options: Any) -> None:
     """Write the model repository of a stack whose engines are built.

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
+from build_engines.errors import ServerError
 from triton_repo.server import ServerOptions, served_models, uses_cache
 
 # Python 3.12 inside, which the served runtime needs (3.11 or newer), and TensorRT 11.
@@ -23,6 +24,7 @@ _ENGINE_LIBRARIES = {
     "tensorrt-llm": (),
 }
 _CACHE = "/cache"
+_AGAIN = "write the repository again: triton-repo write STACK"
 
 
 def docker_command(repository: Path, options: ServerOptions, image: str | None = None) -> list[str]:
@@ -72,11 +74,20 @@ def _published(options: ServerOptions) -> list[str]:
 def _manifests(repository: Path) -> dict[Path, dict[str, object]]:
     """By version folder; an ensemble has none."""
     folders = [repository / name / "1" for name in served_models(repository)]
-    return {
-        folder: json.loads((folder / "manifest.json").read_text("utf-8"))
-        for folder in folders
-        if (folder / "manifest.json").exists()
-    }
+    return {folder: _manifest(folder) for folder in folders if (folder / "manifest.json").exists()}
+
+
+def _manifest(folder: Path) -> dict[str, object]:
+    """Read without its digests, which the server checks: what it runs in need not be where this is asked."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+        known = manifest["target"] in _ENGINE_LIBRARIES and manifest["engine"]["file"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ServerError(f"{path}: unreadable manifest ({error!r:.200})", next_step=_AGAIN) from None
+    if not known:
+        raise ServerError(f"{path}: a manifest for an unknown target", next_step=_AGAIN)
+    return dict(manifest)
 
 
 def _requirements(manifests: Mapping[Path, Mapping[str, object]]) -> list[str]:

@@ -49,9 +49,11 @@ def write_repository(
     """Write the repository of every engine of `stack` for `target` to `out` and return `out`.
 
     Engines are read from engines_dir/<model>/<precision>/<target>; a model with a target of its own keeps it.
-    `native`: Triton's TensorRT backend runs the encoders. Raises ArtifactError for a missing or altered
-    engine, RepositoryError for one that cannot be served so and when the repository cannot be written; `out`
-    is then as it was before.
+    `native`: Triton's TensorRT backend runs the encoders. After an error `out` is as it was before.
+
+    Raises:
+        ArtifactError: an engine is missing or altered, or `out` holds something else.
+        RepositoryError: an engine cannot be served so, or the repository cannot be written.
     """
     others = [model for model in stack.models.values() if model.target is None]
     if others and target not in stack.targets:
@@ -68,7 +70,7 @@ def write_repository(
         raise RepositoryError(f"{stack.path}: no model of this stack has an engine for target {target}")
     runtime = fingerprint()
     try:
-        with replaced_folder(out) as aside:
+        with replaced_folder(out, ours="*/config.pbtxt") as aside:
             for entry in entries:
                 if native and entry.model.task != "generate":
                     _write_native(entry, aside, runtime)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from build_engines import random_model
+from build_engines.errors import ArtifactError
 from build_engines.random_model import RandomLlama, write_random_llm
 
 torch = pytest.importorskip("torch")
@@ -77,3 +78,10 @@ def test_a_head_of_its_own(tmp_path: Path) -> None:
 def test_the_benchmark_llama_has_189_million_parameters() -> None:
     count = sum(prod(dims) for _, dims, _ in random_model._llama_tensors(RandomLlama()))
     assert round(count / 1e6) == 189
+
+
+def test_a_folder_of_somebody_s_own_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(ArtifactError, match="would be deleted"):
+        write_random_llm(tmp_path, SMALL)
+    assert (tmp_path / "letter.txt").read_text() == "dear"

@@ -176,6 +176,19 @@ def test_the_container_command_pins_what_built_the_engines(repository: Path) -> 
     assert "--gpus" not in words
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["", "[", "[]", "{}", '{"target": "cuda", "engine": {"file": "x"}}', '{"target": [], "engine": 3}'],
+)
+def test_the_container_of_a_broken_repository_is_an_error_of_ours(repository: Path, text: str) -> None:
+    path = repository / "m" / "1" / "manifest.json"
+    path.unlink()
+    path.write_text(text)
+    with pytest.raises(ServerError, match="manifest") as refused:
+        docker_command(repository, ServerOptions())
+    assert "triton-repo write" in str(refused.value)
+
+
 def test_a_folder_without_models_is_no_repository(tmp_path: Path) -> None:
     with pytest.raises(ServerError, match="is no Triton repository"):
         Server(tmp_path)

@@ -138,6 +138,21 @@ def test_without_a_target_the_cpu_s_engines_are_served_else_the_first_s(
     assert f"engines/sentiment/int8/{chosen}/manifest.json" in result.output
 
 
+def test_what_is_no_repository_is_not_replaced(stack: Stack, paths: tuple[Path, Path]) -> None:
+    """`--out` may be a slip of the keyboard: a home folder, or the stack file itself."""
+    engines, out = paths
+    (out / "letters").mkdir(parents=True)
+    (out / "letters" / "one.txt").write_text("dear")
+    with pytest.raises(ArtifactError, match="holds other files"):
+        write_repository(stack, engines, out)
+    with pytest.raises(ArtifactError, match="is a file"):
+        write_repository(stack, engines, stack.path)
+    assert stack.path.read_text() == STACK
+    assert tree(out) == {"letters/one.txt"}
+    shutil.rmtree(out / "letters")
+    assert write_repository(stack, engines, out) == out
+
+
 def test_an_existing_repository_is_replaced_as_a_whole(stack: Stack, paths: tuple[Path, Path]) -> None:
     engines, out = paths
     (out / "old").mkdir(parents=True)
@@ -152,6 +167,7 @@ def test_the_exchange_works_without_the_system_call(
 ) -> None:
     engines, out = paths
     (out / "old").mkdir(parents=True)
+    (out / "old" / "config.pbtxt").touch()
     monkeypatch.setattr(atomic, "_exchange", lambda first, second: False)
     write_repository(stack, engines, out)
     assert not (out / "old").exists()
