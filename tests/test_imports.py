@@ -226,9 +226,20 @@ class Absent:
             raise ModuleNotFoundError(f"{name} is not installed here")
 
 sys.meta_path.insert(0, Absent())
-import click, numpy, rich.console  # what everything may use; the children inherit it
-failed = []
+# What everything may use: the children inherit it.
+import asyncio, concurrent.futures.thread, difflib, http.client, multiprocessing, tomllib
+import click, numpy.typing, rich.console
+running, failed = {}, []
+
+def end_one():
+    child, status = os.wait()
+    name = running.pop(child)
+    if status:
+        failed.append(name)
+
 for name in sys.stdin.read().split():
+    if len(running) == os.cpu_count():
+        end_one()
     child = os.fork()
     if not child:
         try:
@@ -237,8 +248,9 @@ for name in sys.stdin.read().split():
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
-    if os.waitpid(child, 0)[1]:
-        failed.append(name)
+    running[child] = name
+while running:
+    end_one()
 print(*failed)
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +137,19 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Pat
 
 
 @pytest.fixture(scope="session")
-def served(built: tuple[Path, dict[str, Path]]) -> Iterator[Served]:
+def servers() -> Iterator[list[Server]]:
+    """Those that live as long as the session: stopped at the same time, each takes seconds."""
+    started: list[Server] = []
+    yield started
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(Server.stop, started))
+
+
+@pytest.fixture(scope="session")
+def served(built: tuple[Path, dict[str, Path]], servers: list[Server]) -> Served:
     folder, engines = built
-    with Server(folder / "repository", ServerOptions(free_ports=True)) as server:
-        yield Served(server, folder, engines)
+    servers.append(Server(folder / "repository", ServerOptions(free_ports=True)))
+    return Served(servers[-1].start(), folder, engines)
 
 
 @pytest.fixture(scope="session")
@@ -156,7 +166,7 @@ def one_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def talking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def talking(tmp_path_factory: pytest.TempPathFactory, servers: list[Server]) -> Served:
     """A server of two LLMs (one with a single slot and a short queue) and an encoder, in one repository."""
     folder = tmp_path_factory.mktemp("talk")
     (folder / "talk.toml").write_text(TALK)
@@ -169,5 +179,5 @@ def talking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     built = build_stack(stack, Silent(), models=["talk", "tight"], targets=["onnxruntime"])
     engines |= {engine.manifest["model"]: engine.folder for engine in built}
     write_repository(stack, folder / "engines", folder / "repository")
-    with Server(folder / "repository", ServerOptions(free_ports=True)) as server:
-        yield Served(server, folder, engines)
+    servers.append(Server(folder / "repository", ServerOptions(free_ports=True)))
+    return Served(servers[-1].start(), folder, engines)
