@@ -50,9 +50,10 @@ class GpuDecoder:
         self._positions = _check(engine, serving)
         self._rows = Rows(self.slots, self.capacity)
         self._cache = DeviceCache(device, serving, engine.tensors["past_key.0"].dtype)
-        self._contexts = engine.context(_DECODE), engine.context(_PREFILL)
+        self._contexts = {profile: engine.context(profile) for profile in (_DECODE, _PREFILL)}
         self._sizes = _sizes(self.chunk)
-        self._shapes: dict[tuple[int, int, int], dict[str, tuple[int, ...]]] = {}
+        # By batch, tokens and logits of each row: the profile that takes such a run, and its inputs' shapes.
+        self._shapes: dict[tuple[int, int, int], tuple[int, dict[str, tuple[int, ...]]]] = {}
         self._addresses: dict[int, dict[str, int]] = {}
         self._buffers()
 
@@ -90,7 +91,7 @@ class GpuDecoder:
             self._ids[place] = token
             self._lengths[place] = length
         self._wanted[:size] = 0
-        logits = self._run(_DECODE, first, (size, 1, 1), places)
+        logits = self._run(first, (size, 1, 1), places)
         for slot, length in zip(slots, lengths, strict=True):
             self._rows.used[slot] = length + 1
         return logits
@@ -150,13 +151,11 @@ class GpuDecoder:
         self._ids[count:size] = 0
         self._lengths[0] = start
         self._wanted[: len(wanted)] = wanted
-        logits = self._run(_PREFILL, self._rows[slot], (1, size, len(wanted)))
+        logits = self._run(self._rows[slot], (1, size, len(wanted)))
         self._rows.used[slot] = start + count
         return logits
 
-    def _run(
-        self, profile: int, row: int, sizes: tuple[int, int, int], order: Sequence[int] = ()
-    ) -> FloatArray:
+    def _run(self, row: int, sizes: tuple[int, int, int], order: Sequence[int] = ()) -> FloatArray:
         """Run over rows row.. of the cache: `sizes` are batch, tokens and logits of each row.
 
         `order`: which of the logits come first, second, ... where that is not as they are.
@@ -168,11 +167,13 @@ class GpuDecoder:
                 "past_lengths": (batch,),
                 "logit_indices": (batch, logits),
             }
-            self._shapes[sizes] = inputs | self._cache.shapes(batch)
+            shapes = inputs | self._cache.shapes(batch)
+            self._shapes[sizes] = self._engine.profile_for(shapes), shapes
         if row not in self._addresses:
             self._addresses[row] = self._fixed | self._cache.addresses(row)
         self._device.upload(self._inputs.address, self._staged)
-        self._contexts[profile].enqueue(self._shapes[sizes], self._addresses[row])
+        profile, shapes = self._shapes[sizes]
+        self._contexts[profile].enqueue(shapes, self._addresses[row])
         found = self._logits[: sizes[0] * sizes[2]]
         if list(order) in ([], list(range(len(order)))):
             self._device.download(found, self._output.address)

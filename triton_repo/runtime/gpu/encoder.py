@@ -42,8 +42,9 @@ class GpuEncoderEngine:
                 f"{', '.join(sorted(wanted))}; build the engine again"
             )
         self._least, _, self._most = next(iter(inputs.values())).ranges[0]
-        self._context = engine.context(0)
-        largest = self._context.output_shapes(dict.fromkeys(inputs, self._most))
+        most = dict.fromkeys(inputs, self._most)
+        self._context = engine.context(engine.profile_for(most))
+        largest = self._context.output_shapes(most)
         self._inputs = {
             name: _Staged(device, self._most, tensor.dtype) for name, tensor in sorted(inputs.items())
         }
