@@ -28,7 +28,8 @@ def replaced_folder(out: Path, ours: str | None = None) -> Iterator[Path]:
     killed run left aside is known to be rubbish and is removed by the next run.
     """
     out = out.absolute()
-    _require_ours(out, ours)
+    if ours:
+        _require_ours(out, ours)
     out.parent.mkdir(parents=True, exist_ok=True)
     with locked(out.parent / f".{out.name}.lock", f"{out} is being written by another process"):
         for leftover in out.parent.glob(f".{out.name}.aside-*"):
@@ -42,10 +43,10 @@ def replaced_folder(out: Path, ours: str | None = None) -> Iterator[Path]:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def _require_ours(out: Path, ours: str | None) -> None:
+def _require_ours(out: Path, ours: str) -> None:
     if out.exists() and not out.is_dir():
         raise ArtifactError(f"{out} is a file, and a folder is to be written", next_step="name another place")
-    if ours and out.is_dir() and any(out.iterdir()) and not any(out.glob(ours)):
+    if out.is_dir() and any(out.iterdir()) and not any(out.glob(ours)):
         raise ArtifactError(
             f"{out} holds other files, which would be deleted: what is written replaces a folder as a whole",
             next_step="name a new or an empty folder",
