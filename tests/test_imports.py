@@ -255,11 +255,13 @@ print(*failed)
 """
 
 
-def test_every_module_imports_alone_and_bare() -> None:
+def test_every_module_imports_alone_and_bare(tmp_path: Path) -> None:
     """Each in a process of its own, without any heavy library: no circles, nothing needed but at work."""
     names = [name.removesuffix(".__init__") for name, _ in MODULES if not name.endswith("__main__")]
     # Triton's own module exists inside its stub process alone.
     names = [name for name in names if not within(name, {"triton_repo.models"})]
+    # Otherwise each process may compile all that it imports.
+    compiled_once = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", ALONE, ",".join(sorted(HEAVY))],
         input="\n".join(names),
@@ -267,7 +269,7 @@ def test_every_module_imports_alone_and_bare() -> None:
         text=True,
         timeout=120,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **compiled_once},
         check=False,
     )
     assert done.returncode == 0, done.stderr
