@@ -271,9 +271,16 @@ def flagship(folder: Path, layers: int, as_json: bool) -> None:
 @main.command("bench-gpu")
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path), default=Path("build/gpu"))
 @click.option("--minutes", type=click.FloatRange(min=1), default=9, show_default=True)
+@click.option(
+    "--memory-mib",
+    type=click.IntRange(min=2048),
+    default=16_303,
+    show_default=True,
+    help="On a larger card, hold all engines inside the memory of one of this size.",
+)
 @json_option
 @fail_cleanly
-def bench_gpu(folder: Path, minutes: float, as_json: bool) -> None:
+def bench_gpu(folder: Path, minutes: float, memory_mib: int, as_json: bool) -> None:
     """Measure engines on this machine's GPU against Transformers, its limits, and the plan's memory.
 
     Random models of BERT-base's size and an LLM of one billion parameters; no hub and no index is asked. What
@@ -287,9 +294,8 @@ def bench_gpu(folder: Path, minutes: float, as_json: bool) -> None:
     from build_engines.gpu.report import document, render
     from build_engines.gpu.settings import Settings
 
-    found = run_bench(
-        Settings(folder=folder, minutes=minutes), lambda text: console.print(f"  {text}", markup=False)
-    )
+    settings = Settings(folder=folder, minutes=minutes, memory_mib=memory_mib)
+    found = run_bench(settings, lambda text: console.print(f"  {text}", markup=False))
     if as_json:
         print_json(document(found))
     else:

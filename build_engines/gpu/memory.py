@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from build_engines.gpu import contenders, machine
-from build_engines.gpu.models import CARD_MIB, LLM, card_budget
+from build_engines.gpu.models import LLM
 from build_engines.gpu.results import Clock, Failed, Row, Skipped
 from build_engines.gpu.settings import Run
 from build_engines.gpu.sides import Side
@@ -92,16 +92,18 @@ def _driver_count(run: Run) -> Used:
 
 
 def _hold_ballast(run: Run, clock: Clock) -> None:
-    """Take all but the planned card's usable memory, where this card has more."""
-    if run.card is None or run.card.total_bytes <= CARD_MIB * MIB:
+    """Take all but what the smaller card leaves to engines, where this card has more."""
+    card_mib = run.settings.memory_mib
+    if run.card is None or run.card.total_bytes <= card_mib * MIB:
         return
-    with run.results.case("memory", "ballast", contender="all but 16 GB"):
-        held, left = run.side("ballast").call(hold, card_budget(run.stack), seconds=clock.need())
+    budget = (card_mib - (run.stack.reserve_mib if run.stack else 0)) * MIB
+    with run.results.case("memory", "ballast", contender=f"all but {card_mib:,} MiB"):
+        held, left = run.side("ballast").call(hold, budget, seconds=clock.need())
         run.results.add(
             Row(
                 part="memory",
                 case="ballast",
-                contender="all but 16 GB",
+                contender=f"all but {card_mib:,} MiB",
                 value=held / MIB,
                 unit="MiB",
                 note=f"leaves {left / MIB:,.0f} MiB to the stack",

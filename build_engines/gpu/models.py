@@ -14,9 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from build_engines.gpu.machine import MIB
 from build_engines.random_model import RandomLlama, write_random_llm
-from build_engines.stack import Stack
 from calibration.samples import data_file, load_groups, load_texts
 
 CARD_MIB: Final = 16_303  # an RTX 5070 Ti's: what the stack is planned for and must stay inside
@@ -234,9 +232,3 @@ def _write_tokenizer(folder: Path, vocabulary: int) -> None:
         "mask_token": "[MASK]",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-
-
-def card_budget(stack: Stack | None) -> int:
-    """Bytes of the planned card that engines may take: all but the reserve."""
-    reserve = 0 if stack is None else stack.reserve_mib
-    return (CARD_MIB - reserve) * MIB

@@ -10,7 +10,7 @@ from typing import Final
 from build_engines.gpu.ceilings import Ceilings
 from build_engines.gpu.ceilings import Sizes as CeilingSizes
 from build_engines.gpu.machine import Card
-from build_engines.gpu.models import Sizes
+from build_engines.gpu.models import CARD_MIB, Sizes
 from build_engines.gpu.results import Clock, Results
 from build_engines.gpu.sides import Side
 from build_engines.stack import Stack
@@ -23,12 +23,14 @@ class Settings:
     """One run. `folder` keeps checkpoints and engines for the next run.
 
     `device`: "cuda", or "cpu" where the measuring itself is tried with small sizes and the CPU's engines.
+    `memory_mib`: all engines together must live in what a card of this size leaves them.
     `block`: seconds that a contender is timed at a stretch; contenders take turns `rounds` times.
     """
 
     folder: Path = Path("build/gpu")
     minutes: float = 9.0
     device: str = "cuda"
+    memory_mib: int = CARD_MIB
     targets: tuple[str, ...] = GPU_TARGETS
     sizes: Sizes = field(default_factory=Sizes)
     ceilings: CeilingSizes = field(default_factory=CeilingSizes)

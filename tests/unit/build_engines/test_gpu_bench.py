@@ -21,7 +21,7 @@ from fake_gpu import FakeCudart
 
 from build_engines.cli import main
 from build_engines.errors import ArtifactError
-from build_engines.gpu import building, ceilings, command, encoders, machine, served
+from build_engines.gpu import building, ceilings, command, encoders, machine, memory, served
 from build_engines.gpu.building import build_engine, usable_targets
 from build_engines.gpu.ceilings import SMALL, Ceilings
 from build_engines.gpu.command import run_bench
@@ -252,6 +252,26 @@ def test_memory_of_each_engine_and_of_the_whole_stack(again: Run) -> None:
     assert rows["assistant", "weights, activations, buffers, cache"] > 1
     assert rows["", "whole stack"] > max(value for (model, _), value in rows.items() if model)
     assert abs(found.facts["memory left behind, MiB"]) < 1
+
+
+def test_a_larger_card_is_filled_up_to_what_the_smaller_one_leaves(
+    again: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = FakeCudart(64 << 20)
+    monkeypatch.setattr(cuda, "cudart", lambda: api)
+    assert again.stack is not None
+    again.stack = replace(again.stack, reserve_mib=8)
+    again.card = replace(GPU, total_bytes=api.total_bytes)
+    again._sides["ballast"] = Here()  # type: ignore[assignment]
+    for size, leaves in ((64, 64), (40, 32)):  # a card of 64 MiB gets no ballast
+        again.settings = replace(again.settings, memory_mib=size)
+        memory._hold_ballast(again, again.clock)
+        assert api.cudaMemGetInfo()[1] == leaves << 20
+    (row,) = again.results.rows
+    assert (row.contender, row.value, row.note) == ("all but 40 MiB", 32, "leaves 32 MiB to the stack")
+    memory._kept.pop("ballast")
+    memory._kept.pop("device").close()
+    assert api.leaks() == []
 
 
 def resident(pid: int) -> int:
