@@ -82,10 +82,24 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     gpu = facts["gpu"]
     terminalreporter.section("GPU tests", sep="-")
     terminalreporter.line(f"GPU: {gpu['name'] if gpu else facts['no_gpu']}")
-    for row in _rows:
-        state = {"measured": "passed"}.get(row.status, row.status)
-        terminalreporter.line(f"{state:8} {row.model:18} {row.case:64} {row.value or 0:6.1f} s  {row.reason}")
-    terminalreporter.line(f"wrote {REPORT}")
+    for line in _table(_rows):
+        terminalreporter.line(line)
+    terminalreporter.line(f"wrote {REPORT}, which has every test by name")
+
+
+def _table(rows: list[Row]) -> list[str]:
+    """A line for all tests of one file that passed, or were skipped for one reason; one for each failure."""
+    groups: dict[tuple[str, str, str, str], list[Row]] = {}
+    for row in rows:
+        failed = row.case if row.status == "failed" else ""
+        groups.setdefault((row.model, row.status, failed, row.reason), []).append(row)
+    lines = []
+    for (model, status, failed, reason), found in sorted(groups.items()):
+        state = {"measured": "passed"}.get(status, status)
+        seconds = sum(row.value or 0 for row in found)
+        said = ": ".join(part for part in (failed, reason) if part)
+        lines.append(f"{len(found):4} {state:8} {model:19} {seconds:6.1f} s  {said}".rstrip())
+    return lines
 
 
 def _facts() -> dict[str, Any]:
