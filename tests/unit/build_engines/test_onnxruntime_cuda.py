@@ -15,6 +15,7 @@ from build_engines.export.decoder import open_decoder, write_decoder
 from build_engines.graphs import save_graph
 from build_engines.profiles import DecoderProfile, Profile
 from build_engines.targets import get_target, onnxruntime_cuda
+from triton_repo.runtime import engines
 from triton_repo.runtime.session import onnx_session
 
 PROFILE = DecoderProfile(slots=4, capacity=CAPACITY, chunk=16)
@@ -167,3 +168,9 @@ def test_slots_that_no_tensor_may_begin_at_are_refused(half: Path, tmp_path: Pat
     with pytest.raises(CompileError, match="a slot of 33 tokens takes 2112 bytes"):
         compiled(half / "model.onnx", tmp_path / "out", DecoderProfile(slots=2, capacity=33, chunk=16))
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_run_gives_as_many_positions_logits_as_the_plan_counts() -> None:
+    """The served runtime may not import the plan, so it has the number a second time."""
+    manifest = {"task": "generate", "serving": {"slots": 4, "chunk": 64}}
+    assert engines._profiles(manifest)[1]["logits"][-1] == DecoderProfile(4, 256, 64).ranges[1]["logits"][-1]
