@@ -95,10 +95,6 @@ def used_bytes(card: Card) -> int:
     return int(memory.total - memory.free)
 
 
-def free_bytes(card: Card) -> int:
-    return int(_memory(card).free)
-
-
 class _Memory(ctypes.Structure):
     _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
 

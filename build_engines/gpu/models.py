@@ -78,12 +78,6 @@ class Sizes:
         return max(length for _, length in self.shapes)
 
 
-def write_models(folder: Path, sizes: Sizes) -> None:
-    """All checkpoints, and the texts, in `folder`; what is there and the same is kept."""
-    for name in (*ENCODERS, LLM):
-        write_model(folder, name, sizes)
-
-
 def write_model(folder: Path, name: str, sizes: Sizes) -> None:
     """One checkpoint, and the texts, in `folder`; what is there and the same is kept."""
     folder.mkdir(parents=True, exist_ok=True)

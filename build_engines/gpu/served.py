@@ -120,8 +120,8 @@ def serve(
                 over = Row(part="served", case="load", model=name, contender=target, status="skipped")
                 rows.append(replace(over, reason="the time for this part is over; --minutes gives more"))
                 continue
-            load = _stream if name == LLM else _load
-            rows += load(server.urls["grpc"], repository.parent / "stack.json", name, target, seconds, bare)
+            served = (server.urls["grpc"], repository.parent / "stack.json", name, target, seconds)
+            rows += _stream(*served) if name == LLM else _load(*served, bare[name])
     return rows
 
 
@@ -167,9 +167,7 @@ def _bare(stack: Stack, name: str, target: str) -> dict[str, float]:
             encoder.encode(rows)
             times.append(time.perf_counter() - started)
         found[precision] = len(rows) / sorted(times)[2]
-        close = getattr(encoder.engine, "close", None)
-        if close is not None:
-            close()
+        encoder.close()
     return found
 
 
@@ -179,7 +177,7 @@ def _load(
     name: str,
     target: str,
     seconds: float,
-    bare: dict[str, dict[str, float]],
+    bare: dict[str, float],
 ) -> list[Row]:
     from client.bench.served import Plan, Variant
     from client.bench.summary import read_summary
@@ -204,7 +202,7 @@ def _load(
                         contender=f"{target} {precision}",
                         value=point.per_s * units(model, pool),
                         unit=f"{unit_name(model)}/s",
-                        limit=bare[name].get(precision),
+                        limit=bare.get(precision),
                         runs=point.requests,
                         note=f"p50 {point.p50_ms:.1f} ms, p99 {point.p99_ms:.1f} ms{batch}",
                     )
@@ -212,15 +210,7 @@ def _load(
     return rows
 
 
-def _stream(
-    address: str,
-    summary: Path,
-    name: str,
-    target: str,
-    seconds: float,
-    bare: dict[str, dict[str, float]],
-) -> list[Row]:
-    del bare
+def _stream(address: str, summary: Path, name: str, target: str, seconds: float) -> list[Row]:
     from client.bench.generate_data import Prompt, read_generators
     from client.bench.generate_load import Streamer, serialize
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from triton_repo.runtime.gpu.cuda import MIB, Device, DeviceMemoryFull
-from triton_repo.runtime.gpu.tensorrt import Shape, Tensor
+from triton_repo.runtime.gpu.tensorrt import Shape, Tensor, choose_profile
 from triton_repo.runtime.session import EngineRefused
 from triton_repo.runtime.texts import EngineFailed
 
@@ -83,11 +83,7 @@ class OnnxRuntimeEngine:
 
     def profile_for(self, shapes: Mapping[str, Sequence[int]]) -> int:
         """The first profile that takes inputs of these shapes. Raises ValueError."""
-        for profile in range(self.profiles):
-            ranges = {name: self.tensors[name].ranges[profile] for name in shapes}
-            if all(_within(tuple(shapes[name]), low, high) for name, (low, _, high) in ranges.items()):
-                return profile
-        raise ValueError(f"no profile of {self.path} takes {dict(shapes)}")
+        return choose_profile(self, shapes)
 
     def save_cache(self) -> None:
         """Nothing is compiled at run time here."""
@@ -319,10 +315,6 @@ def _tensor(tensor: Any, is_input: bool, profiles: Sequence[Ranges]) -> Tensor:
         ranges.append((low, usual, high))
     shape = tuple(-1 if isinstance(size, str) else size for size in tensor.shape)
     return Tensor(tensor.name, is_input, dtype, shape, tuple(ranges))
-
-
-def _within(shape: Shape, low: Shape, high: Shape) -> bool:
-    return len(shape) == len(low) and all(a <= s <= b for a, s, b in zip(low, shape, high, strict=True))
 
 
 @contextlib.contextmanager

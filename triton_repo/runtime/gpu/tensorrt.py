@@ -46,6 +46,29 @@ class Tensor:
     ranges: tuple[tuple[Shape, Shape, Shape], ...]
 
 
+def choose_profile(engine: Any, shapes: Mapping[str, Sequence[int]]) -> int:
+    """The first profile whose ranges, in `engine.tensors`, hold these inputs. Raises ValueError."""
+    inputs = {name: engine.tensors[name] for name in shapes}
+    for profile in range(engine.profiles):
+        if all(_within(shapes[name], tensor.ranges[profile]) for name, tensor in inputs.items()):
+            return profile
+    wanted = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+    offered = "; ".join(
+        ", ".join(
+            f"{name} {list(low)} to {list(high)}"
+            for name, tensor in inputs.items()
+            for low, _, high in (tensor.ranges[profile],)
+        )
+        for profile in range(engine.profiles)
+    )
+    raise ValueError(f"no optimization profile of {engine.path} takes {wanted}; it has {offered}")
+
+
+def _within(shape: Sequence[int], sizes: tuple[Shape, Shape, Shape]) -> bool:
+    low, _, high = sizes
+    return len(shape) == len(low) and all(a <= size <= b for a, size, b in zip(low, shape, high, strict=True))
+
+
 class TensorRTEngine:
     """One deserialized engine: `tensors` by name, `profiles` (their number), contexts."""
 
@@ -98,19 +121,7 @@ class TensorRTEngine:
 
     def profile_for(self, shapes: Mapping[str, Sequence[int]]) -> int:
         """The first optimization profile that takes inputs of these shapes. Raises ValueError."""
-        for profile in range(self.profiles):
-            if all(self._fits(name, tuple(shape), profile) for name, shape in shapes.items()):
-                return profile
-        wanted = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
-        offered = "; ".join(
-            ", ".join(
-                f"{name} {list(low)} to {list(high)}"
-                for name in shapes
-                for low, _, high in (self.tensors[name].ranges[profile],)
-            )
-            for profile in range(self.profiles)
-        )
-        raise ValueError(f"no optimization profile of {self.path} takes {wanted}; it has {offered}")
+        return choose_profile(self, shapes)
 
     def save_cache(self) -> None:
         """Keep what TensorRT-RTX has compiled so far for the next start; a failure is logged, not raised."""
@@ -133,12 +144,6 @@ class TensorRTEngine:
         self._contexts.clear()
         self._configs.clear()
         self.runtime_cache = self._engine = self._runtime = None
-
-    def _fits(self, name: str, shape: Shape, profile: int) -> bool:
-        low, _, high = self.tensors[name].ranges[profile]
-        return len(shape) == len(low) and all(
-            a <= size <= b for a, size, b in zip(low, shape, high, strict=True)
-        )
 
     def _check_validity(self) -> None:
         """TensorRT-RTX knows from the first bytes whether version, card, driver and memory fit."""
