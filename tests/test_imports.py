@@ -71,6 +71,7 @@ ACROSS: dict[str, set[str]] = {
     "calibration": {"build_engines.errors"},
     "client": set(),
     "triton_repo": {"build_engines.errors", "build_engines.stack"},
+    "triton_repo.running": {"build_engines.atomic", "build_engines.errors"},
     "triton_repo.writer": {
         "build_engines.atomic",
         "build_engines.errors",

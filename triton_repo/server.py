@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -22,15 +23,19 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from build_engines.errors import RepositoryError, ServerError
-from triton_repo import ports, server_log, shared_memory
+from triton_repo import ports, running, server_log, shared_memory
 from triton_repo.config_pbtxt import parse
 from triton_repo.installation import Installation, find_installation
 from triton_repo.ports import Ports
+from triton_repo.running import Running
 
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.05
 _EXIT_TIMEOUT_S = 10
 _ATTEMPTS = 4
+# What changes the server or writes where its caller says: these need the admin key. Health, metadata, model
+# configurations, inference, statistics and metrics stay open.
+RESTRICTED = ("model-repository", "shared-memory", "trace", "logging")
 
 Progress = Callable[[int, int], None]
 
@@ -61,6 +66,7 @@ class Server:
         self.log = self.options.log or self.repository.parent / "tritonserver.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._prefix = ""
+        self._key = ""
         self._work: Path | None = None
 
     @property
@@ -72,6 +78,11 @@ class Server:
         """host:port by service: http, grpc, metrics. A server on all addresses is reached on loopback."""
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.options.host, self.options.host)
         return {name: f"{host}:{port}" for name, port in self.ports.named().items()}
+
+    @property
+    def admin_header(self) -> tuple[str, str]:
+        """Name and value of the header (gRPC: of the metadata) that opens the restricted APIs."""
+        return running.ADMIN_HEADER, self._key
 
     def start(self, progress: Progress | None = None) -> Self:
         """Start and wait until every model is ready; `progress(ready, total)` is called as they load.
@@ -88,6 +99,7 @@ class Server:
                 self._choose_ports()
                 self._launch(installation)
                 if self._until_ready(progress, retry=self.options.free_ports and attempt + 1 < _ATTEMPTS):
+                    self._record()
                     return self
                 self._end_process()
         except BaseException:
@@ -136,6 +148,7 @@ class Server:
 
     def _launch(self, installation: Installation) -> None:
         self._prefix = shared_memory.new_prefix()
+        self._key = secrets.token_urlsafe(32)
         with self._open_log() as log:
             self._process = subprocess.Popen(
                 self._command(installation),
@@ -147,6 +160,14 @@ class Server:
                 start_new_session=True,
                 preexec_fn=_die_with_parent(),  # noqa: PLW1509 - one system call, no allocation
             )
+
+    def _record(self) -> None:
+        """Leave word of this server beside its repository. Where nothing can be written there it serves all
+        the same, and nobody has the key."""
+        assert self.pid is not None
+        record = Running.of(self.pid, repository=self.repository, urls=self.urls, log=self.log, key=self._key)
+        with contextlib.suppress(OSError):
+            running.write_running(record)
 
     def _open_log(self) -> BinaryIO:
         try:
@@ -163,6 +184,10 @@ class Server:
         command = [
             str(installation.binary),
             f"--model-repository={self.repository}",
+            "--model-control-mode=explicit",
+            "--load-model=*",
+            f"--http-restricted-api={','.join(RESTRICTED)}:{running.ADMIN_HEADER}={self._key}",
+            f"--grpc-restricted-protocol={','.join(RESTRICTED)}:{running.ADMIN_NAME}={self._key}",
             f"--http-address={host}",
             f"--grpc-address={host}",
             f"--metrics-address={host}",
@@ -256,6 +281,7 @@ class Server:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         shared_memory.remove(self._prefix)
+        running.remove_running(self.repository, process.pid)
         self._process = None
 
 
