@@ -33,6 +33,7 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(f"engine refused: {reason}")
         from triton_repo.runtime.counters import Counters
         from triton_repo.runtime.encode import Encoder
+        from triton_repo.runtime.probe import probe_encoder
         from triton_repo.runtime.service import EncoderService
         from triton_repo.runtime.session import EngineRefused
         from triton_repo.runtime.texts import BadRequest
@@ -44,7 +45,9 @@ class TritonPythonModel:
         os.environ["TOKENIZERS_PARALLELISM"] = str(parameters["target"] != "onnxruntime").lower()
         try:
             device = int(args["model_instance_device_id"])  # of an engine on a GPU
-            self._service = EncoderService(Encoder.open(folder, _threads(config), device))
+            encoder = Encoder.open(folder, _threads(config), device)
+            probe_encoder(encoder, folder)
+            self._service = EncoderService(encoder)
         except (EngineRefused, TokenizerRefused) as error:
             raise pb_utils.TritonModelException(f"engine refused: {error}") from None
         self._inputs = self._service.inputs

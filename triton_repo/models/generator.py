@@ -48,6 +48,7 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(f"engine refused: {reason}")
         from triton_repo.runtime.chat import TemplateRefused
         from triton_repo.runtime.generation import GenerationService
+        from triton_repo.runtime.probe import probe_generator
         from triton_repo.runtime.session import EngineRefused
         from triton_repo.runtime.texts import EngineFailed
         from triton_repo.runtime.tokenization import TokenizerRefused
@@ -60,6 +61,7 @@ class TritonPythonModel:
                 queue_timeout_s=int(parameters["queue_timeout_ms"]) / 1000,
                 device=int(args["model_instance_device_id"]),
             )
+            probe_generator(self._service, folder)
         except (EngineRefused, EngineFailed, TokenizerRefused, TemplateRefused) as error:
             raise pb_utils.TritonModelException(f"engine refused: {error}") from None
         self._codes = _error_codes(pb_utils)

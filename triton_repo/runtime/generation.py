@@ -82,8 +82,6 @@ class GenerationService:
 
         Raises EngineRefused, TokenizerRefused or TemplateRefused.
         """
-        from tokenizers import Tokenizer
-
         engine: Any
         opened: type[Schedules]
         if read_manifest(Path(folder))["target"] == "tensorrt-llm":
@@ -94,14 +92,7 @@ class GenerationService:
             from triton_repo.runtime.engines import open_decoder_engine
 
             engine, opened = open_decoder_engine(Path(folder), threads, device), Scheduler
-        path = Path(folder) / "tokenizer.json"
-        try:
-            tokenizer: Any = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise TokenizerRefused(f"{path}: not a tokenizer file ({error})") from None
-        # The file may carry the padding and truncation of its training run.
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
+        tokenizer = open_tokenizer(Path(folder))
         scheduler = opened(engine, max_queue=max_queue, queue_timeout_s=queue_timeout_s)
         service = cls(engine, tokenizer, scheduler)
         scheduler.start()
@@ -186,6 +177,21 @@ class GenerationService:
                 )
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
         return ids
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """The tokenizer of an engine folder. Raises TokenizerRefused."""
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    try:
+        tokenizer: Any = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise TokenizerRefused(f"{path}: not a tokenizer file ({error})") from None
+    # The file may carry the padding and truncation of its training run.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def read_params(request: Mapping[str, Any]) -> SamplingParams:
