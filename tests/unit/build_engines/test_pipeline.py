@@ -453,6 +453,16 @@ def test_a_stack_may_be_built_inside_its_checkpoint(checkpoint: Any, data: Path,
     assert again.made == []
 
 
+def test_a_checkpoint_may_lie_inside_the_build_folder(checkpoint: Any, data: Path, tmp_path: Path) -> None:
+    """As one from the hub does, and the demo's: it is watched like any other."""
+    source = shutil.copytree(checkpoint("embed"), tmp_path / "build" / "models" / "tiny")
+    stack = stack_of(tmp_path, {"tiny": model_table("embed", source, data)})
+    before = EncoderBuild(stack, stack.models["tiny"], Lines()).source_digests
+    assert before.keys() >= {"config.json", "model.safetensors", "tokenizer.json"}
+    (source / "config.json").write_text((source / "config.json").read_text() + " ")
+    assert EncoderBuild(stack, stack.models["tiny"], Lines()).source_digests != before
+
+
 def test_swapped_labels_are_judged_anew(checkpoint: Any, data: Path, tmp_path: Path) -> None:
     """The graph does not hold its labels, so neither its digest nor its answers change with them."""
     shutil.copytree(checkpoint("classify"), tmp_path / "source")
