@@ -15,8 +15,7 @@ from build_engines.errors import ServerError
 from triton_repo.running import Running
 from triton_repo.server_log import reason_of
 
-# What the server refuses because it is busy is asked again; where there is an order, our requests go first.
-_PRIORITY: Final = {"onecard_priority": 1}
+# How a stream's errors begin, which have no code, where the server takes no work now.
 _BUSY: Final = ("the queue is full", "the wait ", "no slot became free")
 _CONTROL_S, _ANSWER_S = 30.0, 60.0
 
@@ -130,7 +129,6 @@ class Control:
         """A decoupled model's responses that have outputs."""
         found = []
         for response in self._stub.ModelStreamInfer(iter([message]), timeout=_ANSWER_S):
-            # A stream's errors have no code.
             if response.error_message:
                 if response.error_message.startswith(_BUSY):
                     raise Busy(response.error_message)
@@ -165,8 +163,6 @@ def _message(name: str, version: int, inputs: Mapping[str, Input], *, batched: b
     from tritonclient.grpc import service_pb2
 
     message = service_pb2.ModelInferRequest(model_name=name, model_version=str(version))
-    for parameter, level in _PRIORITY.items():
-        message.parameters[parameter].int64_param = level
     for tensor, value in inputs.items():
         datatype, content, count = _raw(value)
         shape = [1, count] if batched else [count]

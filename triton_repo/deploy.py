@@ -253,8 +253,8 @@ class Rollout:
             yield
 
     def _settle(self) -> None:
-        """Nothing on its way, and every model at the version that config.pbtxt names: a command that was killed
-        may have left the server at another."""
+        """Nothing on its way, and every model at the version that config.pbtxt names: a command that was
+        killed may have left the server at another."""
         for model in served_versions(self.repository):
             if model.config.platform:
                 raise RepositoryError(

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from build_engines.errors import ServerError
 from triton_repo.control import Arrays, Busy, ControlsModels, Input
-from triton_repo.runtime.golden import Golden, encoder_difference, generator_difference, unpacked
+from triton_repo.runtime.golden import Differs, Golden, encoder_distance, generator_distance, unpacked
 from triton_repo.runtime.probe import generator_request
 
 # A server that has no room for one more request in all this time is not kept from its new version.
@@ -25,32 +25,35 @@ def probe_served(control: ControlsModels, golden: Golden, name: str, version: in
     Raises ServerError that names the request and the difference, not the text.
     """
     deadline = time.monotonic() + _PATIENCE_S
-    for index, recorded in enumerate(golden.requests):
-        try:
-            problem = _difference(control, golden, recorded, (name, version), deadline)
-        except Busy:
-            return index
-        if problem:
-            raise ServerError(
-                f"{name} version {version}: {golden.where(index)}: {problem}; "
-                "this is not what the engine was built to answer"
-            )
-    return len(golden.requests)
+    distances: list[float] = []
+    where = "its golden requests"
+    try:
+        for index, recorded in enumerate(golden.requests):
+            where = golden.where(index)
+            try:
+                distances.append(_distance(control, golden, recorded, (name, version), deadline))
+            except Busy:
+                return index
+        where = "its golden requests"
+        golden.judge(distances)
+    except Differs as error:
+        raise ServerError(f"{name} version {version}: {where}: {error}") from None
+    return len(distances)
 
 
-def _difference(
+def _distance(
     control: ControlsModels,
     golden: Golden,
     recorded: Mapping[str, Any],
     served: tuple[str, int],
     deadline: float,
-) -> str | None:
+) -> float:
     if golden.task != "generate":
         answer = _asked(control, served, _encoder_inputs(recorded), deadline, batched=True)
-        return encoder_difference(golden.task, unpacked(recorded["answer"]), _values(golden, answer))
+        return encoder_distance(golden.task, unpacked(recorded["answer"]), _values(golden, answer))
     fields = {name: _encoded(value) for name, value in generator_request(recorded).items()}
     answer = _asked(control, served, {**fields, "stream": False}, deadline, batched=False)
-    return generator_difference(recorded, answer["token_ids"].tolist(), answer["logprobs"].tolist())
+    return generator_distance(recorded, answer["token_ids"].tolist(), answer["logprobs"].tolist())
 
 
 def _asked(

@@ -5,16 +5,14 @@ golden.json lies beside the engine, and its digest is in the manifest:
     {"format": 1, "labels": [...], "requests": [
       {"text": "...", "tokens": [12], "answer": "..."},                            classify, embed
       {"query": "...", "passages": ["...", "..."], "tokens": [9, 11], "answer": "..."},     rerank
-      {"text" or "messages": ..., "tokens": 12, "token_ids": [...], "logprobs": [...],      generate
-       "runners_up": [[token, gap], ...]}]}
+      {"text": "...", "tokens": 12, "token_ids": [...], "logprobs": [...]}]}            generate
 
 `tokens` counts what the tokenizer makes of the request, row by row. `answer` is base64 of little-endian
-float32: probabilities in the order of `labels`, the embedding, or a score for each passage. `runners_up` are
-the second best tokens and how many nats the best was ahead of each.
+float32: probabilities in the order of `labels`, the embedding, or a score for each passage.
 
-How far another processor, another kernel or other neighbours in a batch may move an answer was measured
-(docs/pipeline.md). What moves it further is another model: wrong weights, another tokenizer, broken
-quantization.
+Another processor or kernel moves answers a little, and rounding to INT8 makes much of a little. One request
+may be moved far by it, all together are not: so it is the mean distance that is limited. What moves that
+further is another model: wrong weights, another tokenizer, broken quantization (measured: docs/pipeline.md).
 """
 
 from __future__ import annotations
@@ -34,31 +32,57 @@ from triton_repo.runtime.session import EngineRefused
 FILE: Final = "golden.json"
 FORMAT: Final = 1
 
-# Distance between two embeddings by the recorded one's length: a cosine of 0.995 where both have the same.
-EMBEDDING_DISTANCE: Final = 0.1
-# Of any probability, or of a reranker's score, both of which lie between 0 and 1.
-PROBABILITY_DISTANCE: Final = 0.05
-# Nats, of each generated token's log probability.
-LOGPROB_DISTANCE: Final = 0.5
+# The largest mean distance, of engines that compute in floating point and of quantized ones.
+LIMITS: Final[Mapping[str, tuple[float, float]]] = {
+    "embed": (0.03, 0.12),
+    "classify": (0.06, 0.25),
+    "rerank": (0.06, 0.25),
+    "generate": (0.03, 0.1),
+}
+UNITS: Final = {
+    "embed": "of an embedding's length",
+    "classify": "in log odds",
+    "rerank": "in log odds",
+    "generate": "nats of a token's log probability",
+}
+_FLOATING = ("fp16", "fp32")
+# Beyond this a probability is as good as certain, and its log odds are made of rounding.
+_CERTAIN = 1e-4
 
 FloatArray = npt.NDArray[np.float32]
 
 
 class ProbeFailed(EngineRefused):
-    """An engine answers a golden request otherwise than where it was built."""
+    """An engine answers its golden requests otherwise than where it was built."""
+
+
+class Differs(Exception):
+    """What tells an answer from the recorded one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Golden:
-    """The recorded requests of one engine; `labels` are a classifier's, in the order of its outputs."""
+    """The recorded requests of one engine. `labels` are a classifier's, in the order of its outputs; `limit`
+    is the largest mean distance between recorded and found answers."""
 
     task: str
+    limit: float
     labels: tuple[str, ...]
     requests: tuple[Mapping[str, Any], ...]
 
     def where(self, index: int) -> str:
         """How a message names request `index`; never by its text."""
         return f"golden request {index + 1} of {len(self.requests)}"
+
+    def judge(self, distances: Sequence[float]) -> None:
+        """Raises Differs where the distances of all requests, in order, are too large on average."""
+        mean = float(np.mean(distances))
+        if mean <= self.limit:
+            return
+        raise Differs(
+            f"on average {mean:.3f} {UNITS[self.task]} from the recorded answers (at most {self.limit:g}), "
+            f"{self.where(int(np.argmax(distances)))} most, with {max(distances):.3f}"
+        )
 
 
 def read_golden(folder: Path, manifest: Mapping[str, Any]) -> Golden | None:
@@ -73,7 +97,8 @@ def read_golden(folder: Path, manifest: Mapping[str, Any]) -> Golden | None:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["format"] != FORMAT or not found["requests"]:
             raise ValueError(f"format {found['format']}, {len(found['requests'])} requests")
-        return Golden(manifest["task"], tuple(found["labels"]), tuple(found["requests"]))
+        limit = LIMITS[manifest["task"]][manifest["precision"] not in _FLOATING]
+        return Golden(manifest["task"], limit, tuple(found["labels"]), tuple(found["requests"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ProbeFailed(f"{path}: no golden requests of format {FORMAT} ({error!r:.200})") from None
 
@@ -87,46 +112,41 @@ def unpacked(text: str) -> FloatArray:
     return np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float32)
 
 
-def encoder_difference(task: str, recorded: FloatArray, found: npt.ArrayLike) -> str | None:
-    """What tells `found` from the `recorded` answer of the same engine; None where both may be its own."""
+def encoder_distance(task: str, recorded: FloatArray, found: npt.ArrayLike) -> float:
+    """How far `found` is from the `recorded` answer: of its length, or the log odds that changed most.
+
+    Raises Differs for another number of numbers, or for some that are not finite.
+    """
     values = np.asarray(found, dtype=np.float32).reshape(-1)
     if values.shape != recorded.shape:
-        return f"{values.size} numbers instead of {recorded.size}"
+        raise Differs(f"{values.size} numbers instead of {recorded.size}")
     if not np.isfinite(values).all():
-        return "numbers that are not finite"
+        raise Differs("numbers that are not finite")
     if task == "embed":
-        distance = float(np.linalg.norm(values - recorded) / max(float(np.linalg.norm(recorded)), 1e-9))
-        if distance <= EMBEDDING_DISTANCE:
-            return None
-        return f"an embedding {distance:.3f} of its length away (at most {EMBEDDING_DISTANCE:g})"
-    distance = float(np.abs(values - recorded).max())
-    if distance <= PROBABILITY_DISTANCE:
-        return None
-    what = "a probability" if task == "classify" else "a score"
-    return f"{what} {distance:.3f} away (at most {PROBABILITY_DISTANCE:g})"
+        return float(np.linalg.norm(values - recorded) / max(float(np.linalg.norm(recorded)), 1e-9))
+    return float(np.abs(_log_odds(values) - _log_odds(recorded)).max())
 
 
-def generator_difference(
+def _log_odds(probabilities: FloatArray) -> npt.NDArray[np.float64]:
+    held = np.clip(probabilities.astype(np.float64), _CERTAIN, 1 - _CERTAIN)
+    odds: npt.NDArray[np.float64] = np.log(held / (1 - held))
+    return odds
+
+
+def generator_distance(
     recorded: Mapping[str, Any], token_ids: Sequence[int], logprobs: Sequence[float]
-) -> str | None:
-    """What tells a greedy generation from the `recorded` one of the same engine; None where nothing does.
+) -> float:
+    """How far the log probabilities of a greedy generation are from the `recorded` one's, on average.
 
-    Where the two best tokens were nearly as likely, the other one may come first; what follows it is another
-    text, and is not compared.
+    Raises Differs for another token. Of a last one that was not well ahead of all others only the log
+    probability is recorded: whichever comes first there, it has about that.
     """
-    if len(token_ids) != len(logprobs):
-        return f"{len(token_ids)} tokens with {len(logprobs)} log probabilities"
-    wanted = recorded["token_ids"]
-    pairs = zip(wanted, recorded["logprobs"], recorded["runners_up"], strict=True)
-    for place, (token, logprob, (second, gap)) in enumerate(pairs):
-        if place == len(token_ids):
-            return f"{len(token_ids)} tokens instead of {len(wanted)}"
-        found, where = token_ids[place], f"token {place + 1}"
-        if found not in (token, second) or (found == second and gap > LOGPROB_DISTANCE):
-            return f"{where} is {found} instead of {token}, which was {gap:.2f} nats ahead of {second}"
-        distance = abs(logprobs[place] - logprob)
-        if not distance <= LOGPROB_DISTANCE:
-            return f"{where} is {distance:.2f} nats from its log probability (at most {LOGPROB_DISTANCE:g})"
-        if found == second:
-            return None
-    return None
+    wanted, expected = recorded["token_ids"], np.asarray(recorded["logprobs"])
+    found = list(token_ids[: len(wanted)])
+    if found != wanted:
+        place = next((n for n, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), len(found))
+        raise Differs(f"{[*found, 'nothing'][place]} instead of token {wanted[place]}, at place {place + 1}")
+    given = np.asarray(logprobs, dtype=np.float64)[: len(expected)]
+    if given.shape != expected.shape or not np.isfinite(given).all():
+        raise Differs(f"{given.size} log probabilities instead of {expected.size}, or some not finite")
+    return float(np.abs(given - expected).mean())

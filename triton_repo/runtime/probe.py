@@ -1,22 +1,25 @@
 """Asked before a model counts as ready: does its engine answer as it did where it was built?
 
 Inside the served process, on the engine that is about to serve: until this has passed, Triton sends it no
-request, and leaves the version before it. Eight short requests of an encoder, two of an LLM.
+request, and leaves the version before it. Eight requests of an encoder, 32 tokens of an LLM.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from triton_repo.runtime.golden import (
+    Differs,
     Golden,
     ProbeFailed,
-    encoder_difference,
-    generator_difference,
+    encoder_distance,
+    generator_distance,
     read_golden,
     unpacked,
 )
@@ -53,18 +56,25 @@ def probe_encoder(encoder: Encoder, folder: Path) -> None:
     values = iter(encoder.encode([row for group in rows for row in group]))
     # Nobody sent these.
     encoder.tokens = encoder.padding = 0
+    distances = []
     for index, (request, group) in enumerate(zip(requests, rows, strict=True)):
-        found = [next(values) for _ in group]
-        problem = next((str(value) for value in found if isinstance(value, EngineFailed)), None)
-        if problem is None and golden:
-            problem = _tokens_differ(request["tokens"], [len(row.ids) for row in group])
-            problem = problem or encoder_difference(
-                encoder.task, unpacked(request["answer"]), np.array(found)
-            )
-        elif problem is None and not np.isfinite(np.array(found)).all():
-            problem = "numbers that are not finite"
-        if problem:
-            raise _failed(folder, golden, index, problem)
+        with _failing(folder, golden, index):
+            found = _numbers([next(values) for _ in group])
+            if golden:
+                check_tokens(request, [len(row.ids) for row in group])
+                distances.append(encoder_distance(encoder.task, unpacked(request["answer"]), found))
+            elif not np.isfinite(found).all():
+                raise Differs("numbers that are not finite")
+    if golden:
+        with _failing(folder, golden):
+            golden.judge(distances)
+
+
+def _numbers(values: Sequence[Any]) -> npt.NDArray[np.float32]:
+    for value in values:
+        if isinstance(value, EngineFailed):
+            raise Differs(str(value))
+    return np.array(values, dtype=np.float32)
 
 
 def probe_generator(service: GenerationService, folder: Path) -> None:
@@ -73,40 +83,38 @@ def probe_generator(service: GenerationService, folder: Path) -> None:
     Raises ProbeFailed that names the request and the difference, not the text.
     """
     golden = read_golden(folder, read_manifest(folder))
-    if golden is None:
-        _generated(service, folder, None, 0, {"text": _TEXT, "max_tokens": 4})
-        return
-    for index, recorded in enumerate(golden.requests):
-        asked = generator_request(recorded)
-        answer = _generated(service, folder, golden, index, asked)
-        problem = _tokens_differ(recorded["tokens"], int(answer.usage["prompt_tokens"]))
-        problem = problem or generator_difference(recorded, answer.token_ids, answer.logprobs)
-        if problem:
-            raise _failed(folder, golden, index, problem)
+    requests: Sequence[Mapping[str, Any]] = golden.requests if golden else ()
+    distances = []
+    for index, recorded in enumerate(requests):
+        with _failing(folder, golden, index):
+            answer = service.generate(generator_request(recorded))[0]
+            check_tokens(recorded, int(answer.usage["prompt_tokens"]))
+            distances.append(generator_distance(recorded, answer.token_ids, answer.logprobs))
+    with _failing(folder, golden):
+        if golden:
+            golden.judge(distances)
+        else:
+            service.generate({"text": _TEXT, "max_tokens": 4})
 
 
 def generator_request(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a golden request as an LLM is asked: greedily, for as many tokens as were recorded."""
-    prompt = {name: recorded[name] for name in ("text", "messages") if name in recorded}
-    return {**prompt, "max_tokens": len(recorded["token_ids"]), "logprobs": True}
+    return {"text": recorded["text"], "max_tokens": len(recorded["logprobs"]), "logprobs": True}
 
 
-def _generated(
-    service: GenerationService, folder: Path, golden: Golden | None, index: int, asked: Mapping[str, Any]
-) -> Any:
+def check_tokens(recorded: Mapping[str, Any], found: Any) -> None:
+    """Raises Differs where the tokenizer makes another number of tokens of a golden request."""
+    if found != recorded["tokens"]:
+        raise Differs(f"{found} tokens instead of {recorded['tokens']}: another tokenizer")
+
+
+@contextlib.contextmanager
+def _failing(folder: Path, golden: Golden | None, index: int | None = None) -> Iterator[None]:
+    """Whatever is wrong inside, as ProbeFailed of the golden request `index`, or of all of them."""
     try:
-        return service.generate(asked)[0]
-    except (BadRequest, EngineFailed) as error:
-        raise _failed(folder, golden, index, str(error)) from None
-
-
-def _tokens_differ(recorded: Any, found: Any) -> str | None:
-    return None if found == recorded else f"{found} tokens instead of {recorded}: another tokenizer"
-
-
-def _failed(folder: Path, golden: Golden | None, index: int, problem: str) -> ProbeFailed:
-    if golden is None:
-        return ProbeFailed(f"{folder}: the engine does not answer a short text: {problem}")
-    return ProbeFailed(
-        f"{folder}: {golden.where(index)}: {problem}; this is not what the engine was built to answer"
-    )
+        yield
+    except (Differs, BadRequest, EngineFailed) as error:
+        if golden is None:
+            raise ProbeFailed(f"{folder}: the engine does not answer a short text: {error}") from None
+        where = "its golden requests" if index is None else golden.where(index)
+        raise ProbeFailed(f"{folder}: {where}: {error}") from None

@@ -20,6 +20,7 @@ from build_engines.pipeline import BuiltEngine, build_stack
 from build_engines.pipeline.encoder import EncoderBuild
 from build_engines.stack import Stack, load_stack
 from triton_repo.runtime.encode import Encoder
+from triton_repo.runtime.probe import probe_encoder
 
 TASKS = ("classify", "embed", "rerank")
 # Random weights in 32 dimensions are not robust, and these tests are not about accuracy.
@@ -118,6 +119,10 @@ def test_every_engine_is_there_and_says_all_of_itself(built: tuple[Stack, list[B
         assert manifest["portable"] is False
         assert bool(manifest["memory"]) is (target == "tensorrt-rtx")
         assert manifest["profile"] == {"batch": [1, 8, 8], "sequence": [1, 64, 64]}
+        # An engine that has run here says what it answered, and answers it again.
+        assert ("golden.json" in manifest["files"]) is (target == "onnxruntime")
+        if target == "onnxruntime":
+            probe_encoder(Encoder.open(engine.folder, threads=1), engine.folder)
         assert {"checkpoint", "model.onnx"} <= manifest["sources"].keys()
         assert all(len(digest) == 64 for digest in manifest["sources"].values())
         assert manifest["layers"]
