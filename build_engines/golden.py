@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from build_engines.stack import DataRef
-from build_engines.verify import TextSet
 from calibration.samples import Conversation, load_conversations
 from triton_repo.runtime.chat import ChatTemplate, read_messages
 from triton_repo.runtime.encode import Encoder
@@ -37,15 +36,16 @@ _CANDIDATES = 8
 _CLEAR = 0.5
 
 
-def record_encoder(folder: Path, evaluation: TextSet) -> None:
+def record_encoder(folder: Path, texts: Sequence[str], groups: Sequence[tuple[str, Sequence[str]]]) -> None:
     """Write golden.json into a finished engine folder: evaluation texts of all lengths and their answers.
 
+    `groups` are a reranker's queries with their passages, `texts` the other encoders'.
     Raises EngineFailed where the engine breaks on one.
     """
     encoder = Encoder.open(folder)
     try:
         serving = encoder.engine.manifest["serving"]
-        requests = _encoder_requests(evaluation)
+        requests = _encoder_requests(texts, groups)
         rows = encoder_rows(encoder.tokenizer, encoder.task, requests)
         values = iter(encoder.encode([row for group in rows for row in group]))
         recorded = []
@@ -89,17 +89,18 @@ def _write(folder: Path, requests: Sequence[Mapping[str, Any]], labels: Sequence
         (folder / FILE).write_text(json.dumps(golden, ensure_ascii=False), encoding="utf-8")
 
 
-def _encoder_requests(evaluation: TextSet) -> list[dict[str, Any]]:
-    if evaluation.task != "rerank":
-        texts = sorted(dict.fromkeys(text[:_CHARACTERS] for text in evaluation.texts), key=len)
-        return [{"text": text} for text in _spread(texts, _TEXTS) if not text.isspace()]
-    groups = sorted(evaluation.groups, key=lambda group: sum(map(len, group[1])))
-    return [
+def _encoder_requests(
+    texts: Sequence[str], groups: Sequence[tuple[str, Sequence[str]]]
+) -> list[dict[str, Any]]:
+    cut = sorted(dict.fromkeys(text[:_CHARACTERS] for text in texts), key=len)
+    singles = [{"text": text} for text in _spread(cut, _TEXTS) if not text.isspace()]
+    ordered = sorted(groups, key=lambda group: sum(map(len, group[1])))
+    return singles + [
         {
             "query": query[:_CHARACTERS],
             "passages": [passage[:_CHARACTERS] for passage in passages[:_PASSAGES]],
         }
-        for query, passages in _spread(groups, _GROUPS)
+        for query, passages in _spread(ordered, _GROUPS)
     ]
 
 

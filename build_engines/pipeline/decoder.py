@@ -59,6 +59,8 @@ _COMPILE_CODE = (
     "build_engines/gates.py",
     "build_engines/golden.py",
     "build_engines/perplexity.py",
+    "calibration/samples.py",
+    "calibration/reading.py",
     "triton_repo/runtime",
 )
 

@@ -167,7 +167,7 @@ class EncoderBuild(ModelBuild):
                     progress=self.reporter.progress,
                 ),
                 judge=lambda out: self._judged(out, precision),
-                record=lambda out: record_encoder(out, self.evaluation),
+                record=lambda out: record_encoder(out, self.evaluation.texts, self.evaluation.groups),
             )
         )
 

@@ -19,12 +19,10 @@ from small_llm import POSITIONS, Silent, Talk, write_llm
 from small_models import build_engine, write_checkpoint
 from tritonclient.grpc import InferenceServerClient, InferInput
 
-from build_engines.gates import Truth
 from build_engines.golden import record_encoder
 from build_engines.manifest import write_manifest
 from build_engines.pipeline import build_stack
 from build_engines.stack import Stack, load_stack
-from build_engines.verify import TextSet
 from client import Client
 from triton_repo.control import Control
 from triton_repo.deploy import Outcome, Rollout
@@ -83,7 +81,7 @@ class Site:
         """Engines of other weights, built and recorded as `build-engines build` does."""
         checkpoint = write_checkpoint(self.folder / f"vector-{seed}", "embed", seed=seed)
         aside = build_engine(checkpoint, self.folder / f"engine-{seed}", model="vector", task="embed")
-        record_encoder(aside, TextSet("embed", TEXTS, (), Truth()))
+        record_encoder(aside, TEXTS, ())
         self.seal(aside)
         self.put(aside)
         shutil.rmtree(self.folder / "llama", ignore_errors=True)

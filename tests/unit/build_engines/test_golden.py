@@ -24,7 +24,7 @@ from build_engines.pipeline import BuiltEngine
 from build_engines.random_model import RandomLlama, write_random_llm
 from build_engines.stack import DataRef, load_stack
 from build_engines.targets.decoder_lowering import lower_decoder, widen_decoder
-from build_engines.verify import TextSet, Truth, load_evaluation
+from build_engines.verify import load_evaluation
 from triton_repo.runtime.encode import Encoder
 from triton_repo.runtime.engines import open_decoder_engine
 from triton_repo.runtime.generation import GenerationService, open_tokenizer
@@ -57,7 +57,8 @@ def encoder(checkpoint: Path, folder: Path, task: str, data: Path) -> BuiltEngin
     write_manifest(out, facts(task, serving), "engine.onnx")
     table = model_table(task, source, data)
     model = load_stack(write_stack(folder / "stack.toml", {"tiny": table})).models["tiny"]
-    record_encoder(out, load_evaluation(model, serving["labels"]))
+    evaluation = load_evaluation(model, serving["labels"])
+    record_encoder(out, evaluation.texts, evaluation.groups)
     return BuiltEngine(out, write_manifest(out, facts(task, serving), "engine.onnx"), skipped=False)
 
 
@@ -251,7 +252,7 @@ def test_texts_of_all_lengths_are_recorded_and_none_that_the_server_refuses(
     strict = BuiltEngine(engine.folder, {**engine.manifest, "serving": serving}, False)
     folder = changed(strict, tmp_path / "strict", refusing)
     texts = tuple(" ".join(["w7"] * count) for count in (1, 5, 2000, 20, 30))
-    record_encoder(folder, TextSet("embed", texts, (), Truth()))
+    record_encoder(folder, texts, ())
     recorded = json.loads((folder / FILE).read_text())["requests"]
     assert [request["tokens"] for request in recorded] == [[3], [7], [22], [32]]
 

@@ -401,7 +401,7 @@ def test_external_weights_all_the_way(small: Stack, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(graphs, "EXTERNAL_THRESHOLD", 1000)
     engines = build_stack(with_model(small, precisions=("int8", "fp16")), Lines())
     for engine in engines:
-        assert set(engine.manifest["files"]) == {"engine.onnx.data", "tokenizer.json"}
+        assert set(engine.manifest["files"]) == {"engine.onnx.data", "golden.json", "tokenizer.json"}
         assert engine.manifest["gates"]["engine"]["passed"] is True
     work = small.build_dir / "work" / "tiny"
     assert (work / "export" / "model.onnx.data").is_file()
