@@ -183,7 +183,7 @@ class Load:
                 self.errors.append(repr(error))
 
     def _raw(self, blank: str = "") -> Callable[[], None]:
-        """The same texts again and again, which the response cache knows; with more and more blanks it does not."""
+        """The same texts again and again, which the response cache knows, but not behind ever more blanks."""
         connection = InferenceServerClient(self.grpc)
         count = itertools.count()
 
