@@ -1,17 +1,12 @@
-"""The GPU in this machine and what is free on it right now, for those who plan and not for those who run.
-
-Free memory is asked of the driver's management library: CUDA would have to make a context first, and count
-its own few hundred MiB as taken.
-"""
+"""The GPU in this machine and what is free on it right now, for those who plan and not for those who run."""
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from build_engines.cards import MIB
-from triton_repo.runtime.gpu.cuda import DeviceInfo, cudart, find_device
+from build_engines.nvidia import NoGpu, find_card, free_bytes
 
 if TYPE_CHECKING:
     from build_engines.plan import Plan
@@ -48,29 +43,10 @@ class GpuHere:
         return lines
 
 
-def find_gpu(index: int = 0, *, api: Any = None, nvml: Any = None) -> GpuHere | None:
-    """The GPU, or None without one. `api` and `nvml` are the modules of cuda.bindings; never raises."""
-    found = find_device(index, api=api)
-    if not isinstance(found, DeviceInfo):
-        return None
-    free = _free_bytes(found, api or cudart(), nvml)
-    return GpuHere(found.name, found.compute_capability, found.total_bytes, free)
-
-
-def _free_bytes(device: DeviceInfo, api: Any, nvml: Any) -> int | None:
+def find_gpu() -> GpuHere | None:
+    """The first GPU, or None without one; never raises."""
     try:
-        if nvml is None:
-            nvml = importlib.import_module("cuda.bindings.nvml")
-        error, bus = api.cudaDeviceGetPCIBusId(32, device.index)
-        if error != api.cudaError_t.cudaSuccess:
-            return None
-        nvml.init_v2()
-        try:
-            handle = nvml.device_get_handle_by_pci_bus_id_v2(bus.split(b"\0")[0].decode())
-            memory = nvml.device_get_memory_info_v2(handle)
-        finally:
-            nvml.shutdown()
-    except Exception:  # no such library, no such function, no permission: each has an exception of its own
+        card = find_card()
+    except NoGpu:
         return None
-    # Of a GPU that is divided the library counts the whole, CUDA the part.
-    return int(memory.free) if memory.total <= 1.1 * device.total_bytes else None
+    return GpuHere(card.name, card.compute_capability, card.total_bytes, free_bytes(card))

@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from build_engines.gpu import contenders, machine
+from build_engines import nvidia
+from build_engines.cards import MIB
+from build_engines.gpu import contenders
 from build_engines.gpu.models import LLM
 from build_engines.gpu.results import Clock, Failed, Row, Skipped
 from build_engines.gpu.settings import Run
 from build_engines.gpu.sides import Side
 
-MIB: Final = machine.MIB
 _OPEN_S: Final = 120.0
 _SAMPLE_S: Final = 0.01
 _SETTLE_S: Final = 0.3  # the driver gives a finished process's memory back a little later
@@ -83,12 +84,17 @@ def _folders(run: Run, targets: Sequence[str]) -> list[Path]:
 def _driver_count(run: Run) -> Used:
     if run.card is None:
         raise Skipped("there is no GPU whose driver could count")
-    card = run.card
     try:
-        machine.used_bytes(card)
-    except machine.NoGpu as reason:
+        count = run.sides.enter_context(nvidia.counting(run.card))
+        count()
+    except nvidia.NoGpu as reason:
         raise Skipped(str(reason)) from None
-    return lambda: machine.used_bytes(card)
+
+    def used() -> int:
+        free, total = count()
+        return total - free
+
+    return used
 
 
 def _hold_ballast(run: Run, clock: Clock) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from build_engines import nvidia
 from build_engines.gpu import machine
 from build_engines.gpu.results import Row
 
@@ -104,16 +105,16 @@ def _table(rows: list[Row]) -> list[str]:
 
 def _facts() -> dict[str, Any]:
     try:
-        return machine.describe(machine.find_card())
-    except machine.NoGpu as reason:
+        return machine.describe(nvidia.find_card())
+    except nvidia.NoGpu as reason:
         return machine.describe(None, str(reason))
 
 
 @pytest.fixture(scope="session")
-def card() -> machine.Card:
+def card() -> nvidia.Card:
     """The GPU; every test asks for it first, directly or not."""
     if STAND_IN:
-        return machine.Card(
+        return nvidia.Card(
             name="stand-in",
             compute_capability="12.0",
             total_bytes=1 << 30,
@@ -125,8 +126,8 @@ def card() -> machine.Card:
             l2_bytes=1,
         )
     try:
-        return machine.find_card()
-    except machine.NoGpu as reason:
+        return nvidia.find_card()
+    except nvidia.NoGpu as reason:
         pytest.skip(str(reason))
 
 
@@ -137,7 +138,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def cuda(card: machine.Card, monkeypatch: pytest.MonkeyPatch, kernels: Path) -> Any:
+def cuda(card: nvidia.Card, monkeypatch: pytest.MonkeyPatch, kernels: Path) -> Any:
     """The CUDA runtime's module, for all code of a test."""
     monkeypatch.setenv("ONECARD_CACHE_DIR", str(kernels))
     if not STAND_IN:
@@ -162,7 +163,7 @@ def device(cuda: Any) -> Iterator[Any]:
 
 
 @pytest.fixture(params=["tensorrt-rtx", "tensorrt", "onnxruntime-cuda"])
-def target(request: pytest.FixtureRequest, card: machine.Card) -> str:
+def target(request: pytest.FixtureRequest, card: nvidia.Card) -> str:
     """Each target that can be compiled and run here; the others skip with what is missing."""
     from build_engines.gpu.building import check_target
 
@@ -178,7 +179,7 @@ def target(request: pytest.FixtureRequest, card: machine.Card) -> str:
 
 
 @pytest.fixture(scope="session")
-def stacks(tmp_path_factory: pytest.TempPathFactory, card: machine.Card) -> Any:
+def stacks(tmp_path_factory: pytest.TempPathFactory, card: nvidia.Card) -> Any:
     """`stacks(target)`: the small stack of gpu_stack, built for the CPU and for that target."""
     from gpu_stack import SmallStack
 

@@ -68,19 +68,11 @@ class NoDevice:
 
 
 def find_device(index: int = 0, *, api: Any = None) -> DeviceInfo | NoDevice:
-    """What GPU `index` is, or why there is none. Allocates nothing on it and never raises."""
+    """What GPU `index` is for this process, or why it has none. Allocates nothing there, never raises."""
     try:
         return _describe(_Calls(api or cudart()), index)
     except CudaError as error:
         return NoDevice(str(error))
-
-
-def device_count(*, api: Any = None) -> int:
-    """GPUs that this process can use; 0 without a driver (`find_device` says why)."""
-    try:
-        return int(_Calls(api or cudart())("cudaGetDeviceCount"))
-    except CudaError:
-        return 0
 
 
 def cudart() -> Any:
