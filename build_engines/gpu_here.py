@@ -24,23 +24,30 @@ class GpuHere:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def compared(self, plan: Plan) -> list[str]:
-        """What a reader of the plan must know of this GPU, in sentences."""
-        total = f"{self.total_bytes / MIB:,.0f} MiB"
+    def line(self) -> str:
         free = "free memory unknown" if self.free_bytes is None else f"{self.free_bytes / MIB:,.0f} free now"
-        lines = [f"GPU here: {self.name}, compute capability {self.compute_capability}, {total}, {free}"]
+        total = f"{self.total_bytes / MIB:,.0f} MiB"
+        return f"{self.name}, compute capability {self.compute_capability}, {total}, {free}"
+
+    def differences(self, plan: Plan) -> list[str]:
+        """What speaks against running the planned engines on this GPU now."""
+        found = []
         if self.compute_capability != plan.card.compute_capability:
-            lines.append(
-                f"  it is another kind than the stack's card ({plan.card.compute_capability}): "
+            found.append(
+                f"it is another kind than the stack's card ({plan.card.compute_capability}): "
                 "engines for one may not run on the other"
             )
         short = plan.used - self.free_bytes if self.free_bytes is not None else 0
-        if self.free_bytes is not None and short > 0:
-            lines.append(
-                f"  the engines take {plan.used / MIB:,.0f} MiB: {short / MIB:,.0f} more than is free right "
+        if short > 0:
+            found.append(
+                f"the engines take {plan.used / MIB:,.0f} MiB: {short / MIB:,.0f} more than is free right "
                 "now (see nvidia-smi)"
             )
-        return lines
+        return found
+
+    def compared(self, plan: Plan) -> list[str]:
+        """What a reader of the plan must know of this GPU, in lines."""
+        return [f"GPU here: {self.line()}", *(f"  {line}" for line in self.differences(plan))]
 
 
 def find_gpu() -> GpuHere | None:

@@ -6,7 +6,8 @@ import os
 import platform
 from pathlib import Path
 
-_CPUINFO = Path("/proc/cpuinfo")
+_CPUINFO, _MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def cores() -> int:
@@ -26,6 +27,19 @@ def cpu_flags() -> frozenset[str]:
 def memory_bytes() -> int:
     """All memory of the machine, whatever a container may have of it."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def available_bytes() -> int:
+    """Memory that a new process can have: the kernel's estimate, or what the container has left if less."""
+    entries = (line.split() for line in _MEMINFO.read_text("utf-8").splitlines())
+    available = next(int(entry[1]) << 10 for entry in entries if entry[0] == "MemAvailable:")
+    try:
+        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no limit ("max"), or none that is written there
+        return available
+    # Files that were read count as used until someone needs the memory.
+    return max(0, min(available, limit - used + int(stat["inactive_file"])))
 
 
 def _cpuinfo(key: str) -> str:
