@@ -254,6 +254,27 @@ def test_memory_of_each_engine_and_of_the_whole_stack(again: Run) -> None:
     assert abs(found.facts["memory left behind, MiB"]) < 1
 
 
+def test_the_parts_of_an_engine_stand_beside_what_was_planned_of_each(again: Run) -> None:
+    """What it allocated itself is known by purpose; the rest of what the driver counts are its weights."""
+    plan = {"weights": 500, "activations": 100, "buffers": 10, "cache": 50, "context": 300}
+    plan = {part: size << 20 for part, size in plan.items()}
+    side = again.side("parts")
+    one = memory._Opened("assistant", "tensorrt int8-weights", Path("x"), side, plan)
+    one.measured = {part: size << 20 for part, size in (("context", 280), ("engine", 670), ("peak", 960))}
+    one.taken = {part: size << 20 for part, size in (("activations", 100), ("buffers", 12), ("cache", 50))}
+    memory._report(again, one)
+    rows = {row.case: (row.value, row.limit) for row in again.results.rows}
+    assert rows == {
+        "CUDA context": (280, 300),
+        "weights, and what the library keeps": (508, 500),
+        "activations": (100, 100),
+        "buffers": (12, 10),
+        "KV cache": (50, 50),
+        "weights, activations, buffers, cache": (670, 660),
+        "most at any time": (960, 960),
+    }
+
+
 def test_a_larger_card_is_filled_up_to_what_the_smaller_one_leaves(
     again: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -383,12 +404,21 @@ def test_the_gpu_tests_run_on_a_stand_in(tmp_path: Path) -> None:
     assert any("no_neighbours" in name for name in passed)
 
 
-def test_the_gpu_tests_name_what_is_missing_and_still_write_their_table(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": ""}, ""),
+        ({"ONECARD_STAND_IN": "1", "ONECARD_GPU_MINUTES": "0"}, "the 0 minutes are over"),
+    ],
+)
+def test_the_gpu_tests_name_what_is_missing_and_still_write_their_table(
+    tmp_path: Path, environment: dict[str, str], reason: str
+) -> None:
     report = tmp_path / "test.json"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "tests/gpu/test_gpu_device.py", "-q", "-p", "no:cacheprovider"],
         cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "ONECARD_GPU_REPORT": str(report)},
+        env={**os.environ, "ONECARD_GPU_REPORT": str(report), **environment},
         capture_output=True,
         text=True,
         timeout=120,
@@ -397,5 +427,5 @@ def test_the_gpu_tests_name_what_is_missing_and_still_write_their_table(tmp_path
     assert done.returncode == 0, done.stdout
     rows = json.loads(report.read_text("utf-8"))["tests"]
     assert {row["status"] for row in rows} == {"skipped"}
-    assert all(row["reason"] for row in rows)
+    assert all(row["reason"] and reason in row["reason"] for row in rows)
     assert "GPU tests" in done.stdout

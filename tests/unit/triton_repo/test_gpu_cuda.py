@@ -180,6 +180,16 @@ def test_full_memory_names_purpose_promise_and_what_is_free(api: FakeCudart) -> 
     assert api.leaks() == []
 
 
+def test_what_is_taken_is_known_by_purpose(device: Device) -> None:
+    device.array((10,), np.float32, "buffers")
+    cache = device.array((3, 100), np.float16, "cache", zeroed=True)
+    device.array((20,), np.float32, "buffers")
+    device.pinned((1000,), np.float32)  # the host's
+    assert device.taken() == {"buffers": 120, "cache": 600}
+    cache.close()
+    assert device.taken() == {"buffers": 120}
+
+
 def test_other_failures_keep_their_code(device: Device, api: FakeCudart) -> None:
     api.fail("cudaMalloc", code="cudaErrorIllegalAddress")
     with pytest.raises(CudaError, match="cudaMalloc failed: cudaErrorIllegalAddress") as error:
