@@ -159,7 +159,7 @@ def needs_of(stack: Stack) -> Needs:
     """What a build from here on writes, and the memory that serving on the CPU takes, by the plan's weights.
 
     Checkpoints of encoders have FP32 weights, of LLMs FP16. An encoder's graph is written in FP32 first; each
-    typed graph and each engine holds the weights once.
+    typed graph holds the weights once, and each engine in its own way.
     """
     disk = memory = 0
     for model in stack.models.values():
@@ -167,16 +167,31 @@ def needs_of(stack: Stack) -> Needs:
         is_llm, work = model.task == "generate", stack.build_dir / "work" / model.name
         if not stack.checkpoint_dir(model).is_dir():
             disk += half if is_llm else 2 * half
-        if model.target is None and not is_llm and not (work / "export").is_dir():
+        if model.target is not None:
+            continue
+        if not is_llm and not (work / "export").is_dir():
             disk += 2 * half
         for precision in model.precisions:
             weights = 2 * half if precision == "fp32" else promised_memory(stack, model, precision)["weights"]
-            targets = [] if model.target else [t for t in stack.targets if compiles(t, model.task, precision)]
-            parts = [work / precision] if targets else []
-            parts += [stack.build_dir / "engines" / model.name / precision / target for target in targets]
-            disk += weights * sum(not part.is_dir() for part in parts)
-            memory += weights * model.instances * ("onnxruntime" in targets)
+            if not (work / precision).is_dir():
+                disk += weights
+            engines = stack.build_dir / "engines" / model.name / precision
+            for target in (target for target in stack.targets if compiles(target, model.task, precision)):
+                on_cpu = target == "onnxruntime"
+                held = _on_cpu(precision, half, weights) if on_cpu else weights
+                memory += model.instances * held if on_cpu else 0
+                # ONNX Runtime's engine of an LLM shares the graph's file of weights.
+                is_shared = is_llm and target.startswith("onnxruntime")
+                disk += 0 if is_shared or (engines / target).is_dir() else held
     return Needs(disk=disk, memory=memory)
+
+
+def _on_cpu(precision: Precision, half: int, weights: int) -> int:
+    """Bytes of the weights of an engine for the CPU, where all that is no matrix of INT8 is FP32."""
+    if precision in {"fp16", "fp32"}:
+        return 2 * half
+    tables = max(0, 2 * weights - half)  # with matrices of m bytes: weights = tables + m, half = tables + 2 m
+    return weights + tables
 
 
 def _wanted(stack: Stack) -> Iterator[tuple[Model, Precision, str]]:

@@ -163,12 +163,24 @@ def test_engines_are_read_by_manifest_and_size(tmp_path: Path) -> None:
 def test_what_is_yet_to_be_written(tmp_path: Path) -> None:
     stack = stack_of(tmp_path)
     model = stack.models["tiny"]
-    half, eight = (promised_memory(stack, model, precision)["weights"] for precision in ("fp16", "int8"))
+    half, eight = (promised_memory(stack, model, p)["weights"] for p in ("fp16", "int8"))
     needs = needs_of(stack)
-    # The checkpoint and its graph in FP32; then each precision's graph and two engines.
-    assert needs.disk == 4 * half + 3 * (half + eight)
-    assert needs.memory == half + eight  # for the CPU alone
-    publish(stack, "int8", "onnxruntime")
+    tables = 2 * eight - half
+    on_cpu = 2 * half + eight + tables
+    # The checkpoint and its graph in FP32; each precision's graph, and its engines for the card and the CPU.
+    assert needs.disk == 4 * half + 2 * (half + eight) + on_cpu
+    assert needs.memory == on_cpu
+    publish(stack, "int8", "tensorrt-rtx")
     (stack.build_dir / "work" / "tiny" / "int8").mkdir(parents=True)
     assert needs_of(stack).disk == needs.disk - 2 * eight
     assert needs_of(stack_of(tmp_path, targets=("tensorrt-rtx",))).memory == 0
+
+
+def test_an_llm_shares_its_weights_with_the_cpus_engine(tmp_path: Path) -> None:
+    shape = {"family": "llama", "layers": 2, "hidden": 256, "ffn": 512, "heads": 4, "vocabulary": 1000}
+    llm = {"task": "generate", "precisions": ["int8-weights"], "shape": {**shape, "positions": 4096}}
+    stack = stack_of(tmp_path, **llm, slots=2, max_length=256)
+    model = stack.models["tiny"]
+    half, eight = (promised_memory(stack, model, p)["weights"] for p in ("fp16", "int8-weights"))
+    # The checkpoint; the graph, whose weights the CPU's engine shares; the card's engine.
+    assert needs_of(stack).disk == half + 2 * eight
