@@ -162,6 +162,7 @@ def inspect(engine: Path, as_json: bool) -> None:
     default=(8000, 8001, 8002),
     show_default=True,
     metavar="HTTP GRPC METRICS",
+    help="On which ports.",
 )
 @json_option
 @fail_cleanly
