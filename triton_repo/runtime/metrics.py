@@ -152,12 +152,14 @@ class Reporter:
 
     def _run(self) -> None:
         ended = False
-        while not ended:
-            ended = self._closing.wait(_INTERVAL_S)
+        while True:
             try:
                 self._publisher.publish(self._snapshot())
             except Exception as error:  # the next one may succeed, and nothing else depends on it
                 self._publisher.complain(error)
+            if ended:
+                return
+            ended = self._closing.wait(_INTERVAL_S)
 
 
 def _is_counter(name: str) -> bool:
