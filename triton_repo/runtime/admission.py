@@ -97,6 +97,14 @@ class AdmissionQueue(Generic[T]):
         self._taken_work = self._taken_at = 0.0
         self._backlog = False  # somebody has waited ever since the last take
 
+    def snapshot(self) -> dict[str, float]:
+        """How many wait, and the limits, as metrics."""
+        return {
+            "queue_requests": len(self),
+            "queue_limit_requests": self.limits.max_size,
+            "deadline_seconds": self.limits.deadline_s,
+        }
+
     def __len__(self) -> int:
         return sum(map(len, self._levels))
 
