@@ -20,7 +20,7 @@ from triton_repo.container import IMAGE, docker_command
 from triton_repo.ports import Ports
 from triton_repo.server import Server, ServerOptions
 
-_POLL_S = 0.2
+_POLL_S = 0.1
 
 
 class _Group(click.Group):
@@ -233,8 +233,9 @@ def _announce(server: Server, seconds: float, *, as_json: bool) -> None:
 
 
 def _wait(server: Server) -> int:
-    server.wait()
-    raise server.ended_error()
+    while (fault := server.fault()) is None:
+        time.sleep(_POLL_S)
+    raise fault
 
 
 def _run_command(server: Server, command: tuple[str, ...]) -> int:
@@ -251,9 +252,9 @@ def _run_command(server: Server, command: tuple[str, ...]) -> int:
             try:
                 code = process.wait(_POLL_S)
             except subprocess.TimeoutExpired:
-                if server.poll() is None:
-                    continue
-                raise server.ended_error() from None
+                if fault := server.fault():
+                    raise fault from None
+                continue
             return code if code >= 0 else 128 - code
     finally:
         if process.poll() is None:

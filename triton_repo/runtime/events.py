@@ -2,9 +2,9 @@
 
     onecard request_id=r-17 model=sentiment event=rejected reason=queue_full
 
-A model file passes `line(...)` to `pb_utils.Logger`; `triton-repo serve --log-format json` reads it with `parse`.
-No text of a user gets in: a reason is one of our own words, and of a request's id, which is the client's to
-choose, 64 printable characters are kept.
+A model file passes `line(...)` to `pb_utils.Logger`; `triton-repo serve --log-format json` reads it with
+`parse`. No text of a user gets in: a reason is one of our own words, and of a request's id, which is the
+client's to choose, 64 printable characters are kept.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _LINE = re.compile(r"onecard((?: (?:" + "|".join(_FIELDS) + r")=\S+)+)")
 
 
 def line(*, model: str, event: str, reason: str, request_id: str = "") -> str:
-    """The line for one request. `event` and `reason` are words such as `rejected` and `queue_full`; anything else
-    becomes `other`, so that a message passed by mistake is not written down. Never raises."""
+    """The line for one request. `event` and `reason` are words such as `rejected` and `queue_full`; anything
+    else becomes `other`, so that a message passed by mistake is not written down. Never raises."""
     values = {
         "request_id": printable(request_id),
         "model": printable(model),
