@@ -4,8 +4,9 @@
     while (fault := supervisor.fault()) is None: ...
     supervisor.recover(fault)
 
-The ports stay the same. What is restarted is the whole server: Triton has no way to answer the requests that were
-in flight at a model whose process died, and their clients are better off with a broken connection than waiting.
+The ports stay the same. What is restarted is the whole server: Triton has no way to answer the requests that
+were in flight at a model whose process died, and their clients are better off with a broken connection than
+waiting.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ _HEALTH_EVERY_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestartPolicy:
-    """How patient a supervisor is. The first crash is answered at once, each further one within `window_s` seconds
-    after twice the delay of the one before, and the last one that `crashes` allows not at all."""
+    """How patient a supervisor is. The first crash is answered at once, each further one within `window_s`
+    seconds after twice the delay of the one before, and the last that `crashes` allows not at all."""
 
     crashes: int = 5
     window_s: float = 600.0
@@ -36,7 +37,7 @@ class RestartPolicy:
 
 
 class CrashBudget:
-    """When to start again after a crash, and when to give up. Times are seconds of one clock that never goes back."""
+    """When to start again after a crash, and when to give up. Times are seconds of one monotonic clock."""
 
     def __init__(self, policy: RestartPolicy) -> None:
         self._policy = policy
@@ -62,7 +63,7 @@ class CrashBudget:
 
 @dataclass(frozen=True, slots=True)
 class Restart:
-    """What is announced before a start (`ready_s` None) and after it. `down_s`: since the fault was noticed."""
+    """What is announced before a start (`ready_s` None) and after it. `down_s`: since it was noticed."""
 
     fault: ServerError
     number: int
@@ -85,7 +86,7 @@ class Supervisor:
         self._listen_at = self._heard
 
     def fault(self) -> ServerError | None:
-        """Why the server no longer serves, if so; beside what `Server.fault` knows, that it has gone silent."""
+        """Why the server no longer serves: what `Server.fault` knows, or that it has gone silent."""
         if found := self.server.fault():
             return found
         now = time.monotonic()
@@ -102,7 +103,7 @@ class Supervisor:
         )
 
     def recover(self, fault: ServerError) -> None:
-        """Start the server again. Raises ServerError, with what the last log says, when the budget is spent."""
+        """Start the server again. Raises ServerError, with what the log says, when the budget is spent."""
         noticed = time.monotonic()
         # Nobody waits for a server that does not even say that it lives.
         self.server.stop(_DRAIN_S if self.server.answers() else 0)
@@ -126,7 +127,8 @@ class Supervisor:
     def _given_up(self, fault: ServerError) -> ServerError:
         log, policy = self.server.log, self.policy
         return ServerError(
-            f"given up after {self._budget.spent} crashes within {policy.window_s:.0f} s; the last: {fault.message}",
+            f"given up after {self._budget.spent} crashes within {policy.window_s:.0f} s; "
+            f"the last: {fault.message}",
             cause=fault.cause,
             next_step=f"read {log} and, for the crashes before, {log.name}.1 and following beside it",
         )
