@@ -74,6 +74,7 @@ ACROSS: dict[str, set[str]] = {
     "client": set(),
     "triton_repo": {"build_engines.errors", "build_engines.stack"},
     "triton_repo.doctor": {"build_engines.errors", "build_engines.findings", "build_engines.stack"},
+    "triton_repo.running": {"build_engines.atomic", "build_engines.errors"},
     "triton_repo.writer": {
         "build_engines.atomic",
         "build_engines.errors",
