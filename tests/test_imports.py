@@ -34,7 +34,7 @@ HEAVY = {
 # stages, all in one layer, never import each other.
 LAYERS: list[dict[str, tuple[str, ...]]] = [
     {"errors": ("errors",)},
-    {"basics": ("atomic", "cards", "metrics", "stack_fields")},
+    {"basics": ("atomic", "cards", "metrics", "stack_fields", "untrusted")},
     {"stack": ("stack", "stack_model", "stack_types")},
     {
         "plan": ("plan", "memory", "decoder_memory", "modelopt", "profiles", "proposals", "shapes"),

@@ -7,6 +7,7 @@ from typing import Any
 
 from build_engines.errors import ExportError
 from build_engines.export.checkpoint import read_json
+from build_engines.untrusted import check_sizes
 
 
 def write_tokenizer(folder: Path, out: Path, vocabulary: int, *, truncates: bool = True) -> Path:
@@ -25,6 +26,7 @@ def write_tokenizer(folder: Path, out: Path, vocabulary: int, *, truncates: bool
     from tokenizers import Tokenizer
 
     source = folder / "tokenizer.json"
+    check_sizes(str(folder), {path.name: path.stat().st_size for path in folder.glob("*.*")}, ExportError)
     try:
         alone = source.is_file() and not (folder / "tokenizer_config.json").is_file()
         tokenizer = Tokenizer.from_file(str(source)) if alone else _from_transformers(folder, truncates)
