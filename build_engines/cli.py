@@ -151,6 +151,36 @@ def inspect(engine: Path, as_json: bool) -> None:
         wide_console().print(render_engine(found))
 
 
+@main.command("verify-digests")
+@click.argument("path", metavar="STACK_OR_FOLDER", type=click.Path(exists=True, path_type=Path))
+@build_dir_option
+@json_option
+@fail_cleanly
+def verify_digests(path: Path, build_dir: Path | None, as_json: bool) -> None:
+    """Compare every file that was built or fetched with the digest that was recorded when it was written.
+
+    STACK_OR_FOLDER: a stack file, whose build folder is read, or any folder that holds what was built: a
+    build folder, a repository, an engine. Exit code 18 where a file is altered, missing or extra.
+
+    \b
+    Example:
+      build-engines verify-digests stacks/demo.toml
+      build-engines verify-digests build/demo/repository --json
+    """
+    from build_engines import digests
+
+    folder = path if path.is_dir() else _load(path, build_dir).build_dir
+    with StageLines() as lines:
+        lines.start(folder.name, "digests")
+        found = digests.verify_digests(folder, lines.progress)
+    if as_json:
+        print_json(found.as_dict())
+    digests.require_whole(found)
+    if not as_json:
+        shown = f"{found.files:,} files, {found.bytes / 2**20:,.1f} MiB in {found.units} places: as written"
+        console.print(f"{folder}: {shown}", markup=False, soft_wrap=True)
+
+
 @main.command("demo-models")
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @fail_cleanly

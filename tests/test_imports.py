@@ -55,7 +55,7 @@ LAYERS: list[dict[str, tuple[str, ...]]] = [
     {
         "fallback": ("fallback",),
         "streaming": ("decoder_reference", "decoder_sensitivity", "decoder_stream", "decoder_texts"),
-        "inspection": ("inspection", "gpu_here"),
+        "inspection": ("digests", "inspection", "gpu_here"),
         "console": ("console",),
     },
     {"precision": ("precision", "decoder_precision", "decoder_kernels")},

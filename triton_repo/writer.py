@@ -4,6 +4,7 @@
     <repository>/<Triton model>/warmup/<tensor>
     <repository>/<Triton model>/1/model.py, manifest.json, engine, tokenizer and chat template (hard links)
     <repository>/<Triton model>/1/triton_repo/__init__.py, runtime/**/*.py
+    <repository>/<Triton model>/digests.json, 1/digests.json
 
 An encoder in the native layout is several Triton models (triton_repo.native).
 
@@ -27,6 +28,7 @@ from triton_repo.encoders import WARMUP_FILE, encoder_spec, warmup_bytes
 from triton_repo.generators import generator_spec, warmup_files
 from triton_repo.native import check_native, native_parts
 from triton_repo.runtime import fingerprint
+from triton_repo.runtime.seal import RECORD, sealed
 from triton_repo.runtime.session import EngineRefused, check_files, read_manifest
 
 _PACKAGE = Path(__file__).parent
@@ -86,6 +88,11 @@ def write_repository(
             next_step="free space or name another folder, then run again; nothing half-written is left",
         ) from error
     return out
+
+
+def seal(folder: Path) -> None:
+    """Write `digests.json` of a model's folder or of one of its versions: after all else that is in it."""
+    write_text(folder / RECORD, json.dumps(sealed(folder), indent=1) + "\n")
 
 
 def not_judged(repository: Path) -> list[str]:
@@ -167,6 +174,8 @@ def _write_model(entry: Entry, folder: Path, runtime: str) -> None:
     for name in ("manifest.json", entry.manifest["engine"]["file"], *entry.manifest["files"]):
         link_or_copy(entry.folder / name, version / name)
     _copy_code("generator.py" if entry.model.task == "generate" else "encoder.py", version)
+    seal(version)
+    seal(folder)
 
 
 def _write_native(entry: Entry, repository: Path, runtime: str) -> None:
@@ -180,6 +189,9 @@ def _write_native(entry: Entry, repository: Path, runtime: str) -> None:
         _write_config(folder, render(to_message(part.spec)), warmup)
         if part.source is not None:
             _copy_code(part.source, folder / "1")
+        if part.files:
+            seal(folder / "1")
+        seal(folder)
 
 
 def _write_config(folder: Path, config: str, warmup: Mapping[str, bytes]) -> None:
@@ -218,6 +230,9 @@ def _write_summary(stack: Stack, entries: list[Entry], folder: Path) -> None:
         models[model.name]["variants"][entry.manifest["precision"]] = entry.name
     summary = {"stack": stack.name, "models": models}
     write_text(folder / "stack.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    evaluation = [f"evaluation/{name}.jsonl" for name, found in models.items() if found["evaluation"]]
+    record = sealed(folder, ["stack.json", *evaluation])
+    write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 def _limits(model: Model, serving: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,12 +10,13 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
+from triton_repo.runtime.external_data import UnsafeGraph, check_external
 from triton_repo.runtime.huge_pages import collapse_heap
 
 MANIFEST_FORMAT = 1
@@ -78,6 +79,27 @@ def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
             raise EngineRefused(f"{path}: altered after the build (SHA-256 differs from the manifest)")
 
 
+def checked_folder(folder: Path) -> dict[str, Any]:
+    """The manifest of an engine folder whose files are those that it lists, and whose graphs use no others.
+
+    Raises EngineRefused.
+    """
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    if str(manifest["target"]).startswith("onnxruntime"):
+        listed = manifest["files"]
+        for name in [manifest["engine"]["file"], *(name for name in listed if name.endswith(".onnx"))]:
+            _check_graph(folder / name, listed)
+    return manifest
+
+
+def _check_graph(graph: Path, listed: Collection[str] | None = None) -> None:
+    try:
+        check_external(graph, listed)
+    except UnsafeGraph as error:
+        raise EngineRefused(str(error)) from None
+
+
 class Engine:
     """One loaded engine. `run` takes and returns named arrays and is safe to call from several threads."""
 
@@ -100,8 +122,7 @@ def open_engine(folder: Path, threads: int | None = None) -> Engine:
     `threads` is the number of compute threads (default: one per core). Raises EngineRefused.
     """
     folder = Path(folder)
-    manifest = read_manifest(folder)
-    check_files(folder, manifest)
+    manifest = checked_folder(folder)
     if manifest["target"] != "onnxruntime":
         raise EngineRefused(
             f"{folder}: built for target {manifest['target']!r}; this runtime serves 'onnxruntime' engines"
@@ -121,6 +142,8 @@ def onnx_session(
     """An ONNX Runtime CPU session with the options that were measured to be fastest here, and `settings`."""
     import onnxruntime as ort
 
+    if isinstance(model, Path):
+        _check_graph(model)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.inter_op_num_threads = 1
