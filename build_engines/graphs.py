@@ -32,7 +32,10 @@ def read_graph(path: Path) -> onnx.ModelProto:
     import onnx
 
     model = read_structure(path)
-    onnx.load_external_data_for_model(model, str(path.parent))
+    try:
+        onnx.load_external_data_for_model(model, str(path.parent))
+    except (OSError, TypeError, ValueError, onnx.checker.ValidationError) as error:
+        raise ArtifactError(f"the weights of {path} cannot be read: {error}") from error
     return model
 
 

@@ -124,8 +124,11 @@ class _Walk:
 
     def _entry(self, start: int, end: int) -> tuple[str, str]:
         found = {1: "", 2: ""}
-        for number, first, last in self._messages(start, end):
-            found[number] = self._content[first:last].decode("utf-8", "surrogateescape")
+        try:
+            for number, first, last in self._messages(start, end):
+                found[number] = self._content[first:last].decode("utf-8")
+        except UnicodeDecodeError:
+            raise self._damaged("has a tensor's place in no UTF-8") from None
         return found[1], found[2]
 
     def _messages(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:

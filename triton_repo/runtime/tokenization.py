@@ -161,8 +161,8 @@ class TextTokenizer:
         Of a long text the ids are at least the first `max_length`. It is cut at white space to a bounded
         number of characters first; if that leaves too few tokens to know the answer (long runs of blanks,
         words that become one unknown token) it is tried again with more, up to READ_CHARACTERS. No tokenizer
-        forms a token across white space, so the tokens kept are those of the whole text; a text without
-        white space is cut inside a word, at least `_MARGIN` tokens after the last one kept.
+        forms a token across white space, so the tokens kept are those of the whole text, unless a word in it
+        has more than READ_CHARACTERS.
 
         Raises BadRequest where the tokenizer fails on one of them; it does not say on which.
         """
@@ -178,7 +178,7 @@ class TextTokenizer:
                 ids = encoding.ids
                 decided = len(part) == len(texts[index]) or len(ids) >= self.max_length + _MARGIN
                 answer[index] = (ids, decided)
-                if not decided:
+                if not decided and len(part) < READ_CHARACTERS:
                     undecided.append(index)
             pending = undecided if limit < READ_CHARACTERS else ()
             limit = min(READ_CHARACTERS, limit * _GROWTH)
@@ -201,12 +201,20 @@ class TextTokenizer:
 
 
 def bounded(text: str, limit: int) -> str:
-    """`text` cut to at most `limit` characters, before a white space in the second half if there is one."""
+    """The beginning of `text`, of about `limit` characters: before a white space in the second half if there
+    is one, else before the next one; of a word without end READ_CHARACTERS.
+
+    Inside a word its end would decide: a sentencepiece model divides it as a whole, so that the first tokens
+    of "aaa..." depend on how many there are.
+    """
     if len(text) <= limit:
         return text
     cut = max(text.rfind(space, limit // 2, limit + 1) for space in _SPACES)
     if cut < 0:
-        return text[:limit]
+        found = (text.find(space, limit, READ_CHARACTERS + 1) for space in _SPACES)
+        cut = min((place for place in found if place >= 0), default=-1)
+    if cut < 0:
+        return text[:READ_CHARACTERS]
     return text[:cut].rstrip(_SPACES) or text[:cut]
 
 

@@ -179,6 +179,22 @@ def test_weights_twice_in_one_tensor(folder: Path) -> None:
         check_external(written(folder, model(both)))
 
 
+def test_a_place_that_is_no_text(folder: Path) -> None:
+    content = model(tensor("ok.bin")).SerializeToString().replace(b"ok.bin", b"ok.\xffin")
+    with pytest.raises(UnsafeGraph, match=r"in no UTF-8"):
+        check_external(written(folder, content))
+
+
+@pytest.mark.parametrize("key", ["offset", "length", "checksum", "strange"])
+def test_what_onnx_itself_refuses_is_named(folder: Path, key: str) -> None:
+    """Found by fuzzing: onnx's own loader raises a class of its own, or fails while it complains."""
+    broken = tensor("ok.bin")
+    del broken.external_data[:]
+    broken.external_data.add(key=key, value="0")
+    with pytest.raises(ArtifactError, match=r"the weights of .*engine\.onnx cannot be read"):
+        read_graph(written(folder, model(broken)))
+
+
 def _deep() -> bytes:
     message = b""
     for _ in range(2000):  # a graph in an attribute of a node of a graph
