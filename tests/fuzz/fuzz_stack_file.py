@@ -10,6 +10,7 @@ from build_engines.errors import PlanError, StackError
 from build_engines.plan import plan_stack, render_plan
 from build_engines.stack import load_stack
 
+INSTRUMENT = ("tomllib",)
 _STACKS = sorted((Path(__file__).parents[2] / "stacks").glob("*.toml"))
 _SHAPED = b"""card = { memory_mib = 16303, compute_capability = "12.0" }
 targets = ["tensorrt-rtx", "onnxruntime"]

@@ -8,6 +8,7 @@ from triton_repo.runtime.texts import BadRequest
 
 # A run that takes longer than 2 s is a finding, so that the bound must be below.
 template.MAX_SECONDS = 0.5  # type: ignore[misc]
+INSTRUMENT = ("jinja2",)
 _MESSAGES = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Is the soup good?\n"}]
 SEEDS = [
     b"{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m['content'] | trim }}{% endfor %}",

@@ -145,7 +145,9 @@ def _fuzz(name: str, options: list[str]) -> None:
     """In a process of its own: libFuzzer takes it over."""
     import atheris
 
-    with atheris.instrument_imports(include=["build_engines", "calibration", "triton_repo"]):
+    source = (HERE / f"fuzz_{name}.py").read_text()
+    others = re.findall(r'^INSTRUMENT = \("(\w+)",\)', source, re.MULTILINE)
+    with atheris.instrument_imports(include=["build_engines", "calibration", "triton_repo", *others]):
         module = load(name)
         for seed in module.SEEDS:  # what is imported only when it is called
             module.target(seed)

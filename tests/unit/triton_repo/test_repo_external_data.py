@@ -185,6 +185,7 @@ def test_a_place_that_is_no_text(folder: Path) -> None:
         check_external(written(folder, content))
 
 
+@pytest.mark.filterwarnings("ignore:Ignoring unknown external data")
 @pytest.mark.parametrize("key", ["offset", "length", "checksum", "strange"])
 def test_what_onnx_itself_refuses_is_named(folder: Path, key: str) -> None:
     """Found by fuzzing: onnx's own loader raises a class of its own, or fails while it complains."""
