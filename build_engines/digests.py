@@ -1,9 +1,9 @@
 """`verify-digests`: every file of a build folder against the record that was written with it.
 
-A folder with a record is a unit: a stage (stage.json), a fetched checkpoint (fetched.json), a served model or
-one of its versions (digests.json), or an engine that was copied somewhere without its stage (manifest.json).
-Nothing else in a build folder is an artefact. Stages and engines check themselves when they are used; this
-reads all of them, whether they are used or not.
+A folder with a record is a unit: a stage (stage.json), a fetched checkpoint (fetched.json), a version of a
+served model (digests.json), or an engine that was copied somewhere without its stage (manifest.json). Nothing
+else in a build folder is an artefact. Stages and engines check themselves when they are used; this reads all
+of them, whether they are used or not.
 """
 
 from __future__ import annotations
@@ -14,20 +14,19 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from build_engines.errors import ArtifactError
 from build_engines.fetch import RECORD as FETCHED
 from build_engines.manifest import MANIFEST, RECORD
+from triton_repo.runtime.seal import MAX_RECORD_BYTES, beside, contents, is_model, is_version, read_record
 from triton_repo.runtime.seal import RECORD as SEAL
-from triton_repo.runtime.seal import contents, read_record
 from triton_repo.runtime.session import EngineRefused, read_manifest
 
 What = Literal["altered", "missing", "extra", "unreadable"]
 # (file, bytes read so far, bytes in all)
 Progress = Callable[[str, int, int], None]
 _CHUNK: Final = 8 << 20
-_CONFIG: Final = "config.pbtxt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +38,23 @@ class Problem:
     detail: str = ""
 
 
+class _Expected(NamedTuple):
+    """A file as it was recorded: with one of `digests`."""
+
+    size: int
+    digests: frozenset[str]
+
+
+_Files = Mapping[str, _Expected]
+
+
 @dataclass(frozen=True, slots=True)
 class _Unit:
-    """Files by name in `folder`, each {"bytes", "sha256"}; `whole`: nothing else may be there."""
+    """Files by name in `folder`; `whole`: nothing else may be there."""
 
     folder: Path
     record: str
-    files: Mapping[str, Mapping[str, Any]]
+    files: _Files
     whole: bool
 
 
@@ -77,7 +86,7 @@ def verify_digests(folder: Path, progress: Progress | None = None) -> Checked:
             cause="it is not a build folder, an engine or a repository, or nothing was built there yet",
             next_step="name the folder that `build-engines build` or `triton-repo write` wrote",
         )
-    reader = _Reader(progress, sum(int(f["bytes"]) for unit in units for f in unit.files.values()))
+    reader = _Reader(progress, sum(found.size for unit in units for found in unit.files.values()))
     for unit in units:
         problems += _compare(unit, reader)
     files = sum(len(unit.files) for unit in units)
@@ -109,9 +118,14 @@ def _units(folder: Path, problems: list[Problem]) -> Iterator[_Unit]:
             elif FETCHED in files:
                 folders.clear()
                 yield _Unit(here, FETCHED, _recorded(here, FETCHED, "files"), whole=True)
-            elif _CONFIG in files or _is_version(here):
-                folders[:] = [name for name in folders if name.isdecimal() and _CONFIG in files]
+            elif is_version(here):
+                folders.clear()
                 yield _sealed(here, whole=True)
+            elif is_model(here):
+                folders[:] = [name for name in folders if name.isdecimal()]
+                # Where no version has a record, that is what is wrong.
+                if (written := _written(here)) or not folders:
+                    yield _Unit(here, SEAL, written, whole=True)
             elif SEAL in files:
                 yield _sealed(here, whole=False)
             elif MANIFEST in files:
@@ -128,10 +142,6 @@ class _Unreadable(Exception):
         self.name, self.detail, self.what = name, detail, what
 
 
-def _is_version(folder: Path) -> bool:
-    return folder.name.isdecimal() and (folder.parent / _CONFIG).exists() and bool(contents(folder))
-
-
 def _stage(folder: Path) -> _Unit:
     files = _recorded(folder, RECORD, "outputs")
     if MANIFEST in files:
@@ -139,11 +149,19 @@ def _stage(folder: Path) -> _Unit:
     return _Unit(folder, RECORD, files, whole=True)
 
 
+def _written(model: Path) -> _Files:
+    """What a model's own folder holds: each file as one of its versions has it, whatever its size is."""
+    there = {name: (model / name).lstat().st_size for name in contents(model)}
+    return {
+        name: _Expected(there.get(name, 0), frozenset(digests)) for name, digests in beside(model).items()
+    }
+
+
 def _sealed(folder: Path, *, whole: bool) -> _Unit:
     if not (folder / SEAL).exists():
         raise _Unreadable(SEAL, "so nothing says what belongs here", "missing")
     try:
-        files = read_record(folder)
+        files = _expected(read_record(folder)[0])
     except EngineRefused as error:
         raise _Unreadable(SEAL, str(error)) from None
     if MANIFEST in files:
@@ -151,49 +169,52 @@ def _sealed(folder: Path, *, whole: bool) -> _Unit:
     return _Unit(folder, SEAL, files, whole)
 
 
-def _listed(folder: Path) -> dict[str, Mapping[str, Any]]:
+def _listed(folder: Path) -> _Files:
     try:
         manifest = read_manifest(folder)
-        found = {manifest["engine"]["file"]: manifest["engine"], **manifest["files"]}
-        return {
-            str(name): {"bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for name, f in found.items()
-        }
-    except (EngineRefused, KeyError, TypeError, ValueError, AttributeError) as error:
+        return _expected({manifest["engine"]["file"]: manifest["engine"], **manifest["files"]})
+    except EngineRefused as error:
         raise _Unreadable(MANIFEST, str(error)[:300]) from None
 
 
-def _check_manifest(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+def _check_manifest(folder: Path, files: _Files) -> None:
     """The record and the manifest in it must say the same of the files that both know."""
     try:
         listed = _listed(folder)
     except _Unreadable:
         return  # altered, as its own digest will show
-    for name, record in listed.items():
-        known = files.get(name)
-        if known is not None and known["sha256"] != record["sha256"]:
+    for name, found in listed.items():
+        if name in files and files[name].digests != found.digests:
             raise _Unreadable(MANIFEST, f"says otherwise of {name} than the record beside it")
 
 
-def _recorded(folder: Path, name: str, key: str) -> dict[str, Mapping[str, Any]]:
+def _recorded(folder: Path, name: str, key: str) -> _Files:
     try:
-        record = json.loads((folder / name).read_bytes())
-        return {
-            str(n): {"bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for n, f in record[key].items()
-        }
+        if (folder / name).stat().st_size > MAX_RECORD_BYTES:
+            raise ValueError(f"more than {MAX_RECORD_BYTES:,} bytes")
+        return _expected(json.loads((folder / name).read_bytes())[key])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _Unreadable(name, f"no record that can be read: {error!r:.200}") from None
 
 
+def _expected(files: Mapping[str, Any]) -> _Files:
+    """Of a record's {file: {"bytes", "sha256"}}."""
+    return {
+        str(name): _Expected(int(found["bytes"]), frozenset({str(found["sha256"])}))
+        for name, found in files.items()
+    }
+
+
 def _compare(unit: _Unit, reader: _Reader) -> Iterator[Problem]:
-    for name, record in unit.files.items():
+    for name, expected in unit.files.items():
         path = unit.folder / name
         if not os.path.lexists(path):
             yield Problem(str(path), "missing")
         elif path.is_symlink() or not path.is_file():
             yield Problem(str(path), "altered", "it is a link or a folder")
-        elif (size := path.stat().st_size) != record["bytes"]:
-            yield Problem(str(path), "altered", f"{size:,} bytes instead of {record['bytes']:,}")
-        elif reader.digest(path) != record["sha256"]:
+        elif (size := path.stat().st_size) != expected.size:
+            yield Problem(str(path), "altered", f"{size:,} bytes instead of {expected.size:,}")
+        elif reader.digest(path) not in expected.digests:
             yield Problem(str(path), "altered")
     if unit.whole:
         for name in contents(unit.folder) - unit.files.keys() - {unit.record}:

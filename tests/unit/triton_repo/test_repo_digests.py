@@ -170,7 +170,6 @@ def test_all_that_is_wrong_is_named_at_once(build: Path) -> None:
         (f"sources/sentiment/{FETCHED}", "[" * 100_000, "unreadable"),
         (f"{VERSION}/{SEAL}", "null", "unreadable"),
         (f"{VERSION}/{SEAL}", None, "missing"),
-        (f"repository/sentiment/{SEAL}", None, "missing"),
         ("engines/sentiment/int8/onnxruntime/manifest.json", '{"format": 1}', "unreadable"),
     ],
 )
@@ -210,6 +209,24 @@ def test_a_second_version_is_checked_too(build: Path) -> None:
         ("repository/sentiment/2/tokenizer.json", "altered"),
         (f"repository/sentiment/3/{SEAL}", "missing"),
     }
+
+
+def test_a_version_can_be_added_while_another_is_served(build: Path) -> None:
+    """As a rollout does it: the new one is loaded before config.pbtxt names it, and may be left again."""
+    model = build / "repository/sentiment"
+    shutil.copytree(model / "1", model / "2")
+    (model / "2" / "config.pbtxt").write_text((model / "config.pbtxt").read_text() + "# version 2\n")
+    seal(model / "2")
+    first, second = model.joinpath("config.pbtxt").read_text(), (model / "2" / "config.pbtxt").read_text()
+    for config in (first, second, first):
+        (model / "config.pbtxt").write_text(config)
+        check_served(model / "1")
+        check_served(model / "2")
+        assert found(build) == set()
+    (model / "config.pbtxt").write_text("of neither")
+    with pytest.raises(EngineRefused, match=r"config\.pbtxt: altered"):
+        check_served(model / "2")
+    assert found(build) == {("repository/sentiment/config.pbtxt", "altered")}
 
 
 def test_the_command_line(build: Path) -> None:
@@ -270,7 +287,7 @@ def test_a_served_model_checks_what_is_around_it(build: Path) -> None:
         (lambda model: shutil.copytree(model / "warmup", model / "1" / "numpy"), "numpy/text: was not there"),
         (lambda model: (model / "1" / "tokenizer.json").unlink(), r"tokenizer\.json: missing"),
         (lambda model: (model / "1" / SEAL).unlink(), r"1/digests\.json: missing"),
-        (lambda model: (model / SEAL).write_text("{}"), r"digests\.json: unreadable record"),
+        (lambda model: (model / "1" / SEAL).write_text("{}"), r"digests\.json: unreadable record"),
         (lambda model: _altered(model / "1" / "manifest.json"), "unreadable manifest|altered"),
     ],
 )
