@@ -55,7 +55,7 @@ def is_version(folder: Path) -> bool:
 def contents(folder: Path) -> set[str]:
     """Every file that belongs to a version's folder, or to a model's without its versions, by name in it.
 
-    Records, and what Python compiles, belong to none.
+    Records, what Python compiles and hidden files, which nothing imports or opens, belong to none.
     """
     has_versions = is_model(folder) and not is_version(folder)
     return set(_files(folder, Path(), has_versions=has_versions))
@@ -137,6 +137,8 @@ def _files(folder: Path, inside: Path, *, has_versions: bool = False) -> Iterato
     with os.scandir(folder / inside) as entries:
         for entry in entries:
             name = inside / entry.name
+            if entry.name.startswith("."):
+                continue
             if entry.is_dir(follow_symlinks=False):
                 if entry.name != _COMPILED and not (has_versions and entry.name.isdecimal()):
                     yield from _files(folder, name)
