@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ def bounded(function: Callable[..., Any], *values: Any, mebibytes: int = 256, se
     """What `function` returns, or raises here what it raised there.
 
     Raises MemoryError where it asked for more than `mebibytes` beyond what this process has, and TimeoutError
-    beyond `seconds` of processor time: both are what a bound that does not hold looks like.
+    beyond `seconds` of processor time, or where it only waits: what a bound that does not hold looks like.
     """
     reader, writer = os.pipe()
     child = os.fork()
@@ -53,3 +54,6 @@ def _limit(mebibytes: int, seconds: float) -> None:
     used = time.process_time()
     whole = int(used + seconds + 1)
     resource.setrlimit(resource.RLIMIT_CPU, (whole, whole))
+    # And what only waits.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, 6 * seconds)
