@@ -100,6 +100,14 @@ class AdmissionQueue(Generic[T]):
     def __len__(self) -> int:
         return sum(map(len, self._levels))
 
+    def snapshot(self) -> dict[str, float]:
+        """How many wait, how many may and for how long, as metrics."""
+        return {
+            "queue_requests": len(self),
+            "queue_limit_requests": self.limits.max_size,
+            "deadline_seconds": self.limits.deadline_s,
+        }
+
     def offer(
         self, item: T, *, level: int = 0, work: float = 1.0, timeout_s: float = math.inf, room: int = 0
     ) -> T | None:

@@ -127,7 +127,7 @@ class Batcher:
 
     def snapshot(self) -> Snapshot:
         """What happened so far, and how many wait now."""
-        return {"queue_requests": len(self._queue), **self._tally.snapshot(), **self._service.snapshot()}
+        return {**self._queue.snapshot(), **self._tally.snapshot(), **self._service.snapshot()}
 
     def close(self) -> None:
         """Answer what is being computed, send the rest away, and stop the thread."""

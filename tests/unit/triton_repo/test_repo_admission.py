@@ -116,6 +116,12 @@ def fill(queue: AdmissionQueue[Any], level: int = 0) -> Busy:
     raise AssertionError("it takes everything")
 
 
+def test_the_queue_says_how_many_wait_and_how_many_may() -> None:
+    queue: AdmissionQueue[int] = AdmissionQueue(Limits(max_size=5, deadline_s=1.5))
+    queue.offer(1)
+    assert queue.snapshot() == {"queue_requests": 1, "queue_limit_requests": 5, "deadline_seconds": 1.5}
+
+
 def test_nothing_is_predicted_before_anyone_has_waited() -> None:
     clock = Clock()
     queue: AdmissionQueue[Any] = AdmissionQueue(Limits(deadline_s=0.001), clock)
