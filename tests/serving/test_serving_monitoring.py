@@ -32,14 +32,13 @@ pytestmark = [
     ),
 ]
 
-# What no server without a card publishes, or none of engines for the CPU.
-NOT_HERE = {
+# What no server without a card publishes.
+OF_A_CARD = {
     "nv_gpu_utilization",
     "nv_gpu_memory_used_bytes",
     "nv_gpu_memory_total_bytes",
     "nv_gpu_power_usage",
     "nv_gpu_power_limit",
-    "onecard_planned_bytes",
 }
 DASHBOARD = json.loads((MONITORING / "grafana-dashboard.json").read_text())
 QUERIES = {
@@ -119,12 +118,13 @@ def ask(address: str) -> None:
             return False
         return True
 
-    for _ in range(3):
+    for place in range(3):
         assert infer("label", text=[["the noodles were very good"], ["cold"], [LONG]])
         assert infer("vector", text=[["the noodles were very good"], ["cold"]])
         assert infer("order", query=[["noodles"]], passages=[["good noodles", "never again"]])
         assert infer("strict", text=[["the same noodles again"]])
-        assert not infer("strict", text=[[LONG]])
+        # Triton's cache would answer the same bytes, which failed before, with success.
+        assert not infer("strict", text=[[f"{place} {LONG}"]])
     many = [["the noodles were good"]] * 64
     with ThreadPoolExecutor(24) as threads:
         answered = list(threads.map(lambda _: infer("narrow", text=many), range(72)))
@@ -135,7 +135,7 @@ def ask(address: str) -> None:
 def test_every_query_of_the_dashboard_returns_data(watched: Watched, name: str) -> None:
     expression = QUERIES[name].replace("$__rate_interval", "15s")
     values = watched.values(expression.replace("$server", ".*").replace("$model", ".*"))
-    if not set(METRIC.findall(expression)) & NOT_HERE:
+    if not set(METRIC.findall(expression)) & OF_A_CARD:
         assert any(map(math.isfinite, values)), f"{expression}: {values}"
 
 
@@ -151,7 +151,7 @@ def test_every_rule_is_evaluated_and_looks_at_what_there_is(watched: Watched) ->
     assert {rule["name"]: rule["health"] for rule in group["rules"]} == dict.fromkeys(RULES, "ok")
     known = set(watched.prometheus.get("label/__name__/values"))
     named = {name for expression in RULES.values() for name in METRIC.findall(expression)}
-    assert named - known <= NOT_HERE
+    assert named - known <= OF_A_CARD
 
 
 def test_alerts_name_what_happened_and_nothing_else(watched: Watched) -> None:
