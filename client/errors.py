@@ -61,6 +61,7 @@ class UnknownModel(ClientError):
 
 class ModelNotReady(ClientError):
     exit_code = 33
+    retryable = True  # refused before it was computed: the model is being loaded, or the server stopped
 
 
 class Unreachable(ClientError):

@@ -63,49 +63,20 @@ def test_differences_are_sent_and_what_rests_is_not() -> None:
     assert requests.made["failed"].calls == 0, "it is there, with 0"
     queue = triton.families["onecard_queue_requests"]
     assert (queue.kind, queue.made[""].value, queue.made[""].calls) == ("gauge", 0, 2)
+    reported = triton.families["onecard_reported_timestamp_seconds"].made[""]
+    assert (reported.calls, reported.value) == (3, pytest.approx(time.time(), abs=5))
 
 
-def test_every_report_says_when_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whoever_reads_in_between_finds_cumulative_buckets() -> None:
     triton = fake_triton()
-    publisher = Publisher(triton, {"model": "m", "version": "1"})
-    for now in (1000.0, 1001.0):
-        monkeypatch.setattr(metrics.time, "time", lambda now=now: now)
-        publisher.publish({"queue_requests": 0})
-        assert triton.families["onecard_reported_timestamp_seconds"].made[""].value == now
-
-
-def test_no_bucket_ever_holds_more_than_a_wider_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scrape may fall between two of the round trips that one report is."""
-    triton = fake_triton()
-    publisher = Publisher(triton, {"model": "m", "version": "1"})
-    histogram = Histogram()
-    publisher.publish(histogram.snapshot("request_seconds"))
-    buckets = triton.families["onecard_request_seconds_bucket"].made
-    increments: list[None] = []
-
-    def increment(metric: Any, amount: float) -> None:
-        metric.value += amount
-        increments.append(None)
-        values = [buckets[bound].value for bound in metrics._BUCKETS]
-        assert values == sorted(values)
-
-    monkeypatch.setattr(type(buckets["+Inf"]), "increment", increment)
-    for seconds in (0.0001, 0.3, 99.0):
-        histogram.observe(seconds)
-    publisher.publish(histogram.snapshot("request_seconds"))
-    assert buckets["+Inf"].value == 3
-    assert len(increments) > len(buckets)
-
-
-def test_all_is_there_before_a_second_has_passed() -> None:
-    triton = fake_triton()
-    reporter = Reporter(Publisher(triton, {"model": "m"}), lambda: Tally().snapshot())
-    deadline = time.monotonic() + metrics._INTERVAL_S / 2
-    while "onecard_reported_timestamp_seconds" not in triton.families:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    assert triton.families["onecard_rejections_total"].made["queue_full"].value == 0
-    reporter.close()
+    publisher = Publisher(triton, {"model": "m"})
+    publisher.publish({"queue_seconds_bucket": {"1": 0, "2": 0, "+Inf": 0}})
+    made = triton.families["onecard_queue_seconds_bucket"].made
+    order: list[str] = []
+    for label, metric in made.items():
+        metric.increment = lambda amount, label=label: order.append(label)
+    publisher.publish({"queue_seconds_bucket": {"1": 5, "2": 6, "+Inf": 7}})
+    assert order == ["+Inf", "2", "1"]
 
 
 def test_a_failure_to_publish_is_logged_without_its_text_and_tried_again(
