@@ -1,4 +1,4 @@
-"""When to try again and how long to wait: no I/O, so that both clients share it and tests need no time."""
+"""When to try again and how long to wait: both clients share it, and tests need no time."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from . import records
+from .codec import InferRequest
 from .errors import ClientError, ConnectionLost, DeadlineExceeded
 
 
@@ -49,35 +51,55 @@ class RetryPolicy:
 
 
 class Attempts:
-    """The attempts of one request against its deadline."""
+    """The attempts of one request (None for a question to the server) against its deadline; logs how each
+    ended."""
 
     def __init__(
         self,
         policy: RetryPolicy,
         clock: Clock,
         deadline: float,
+        request: InferRequest | None = None,
         draw: Callable[[], float] = random.random,
     ) -> None:
+        self.request = request
         self._policy = policy
         self._clock = clock
         self._deadline = deadline
         self._draw = draw
-        self._failures = 0
+        self._number = 0
+        self._started: float | None = None
 
-    def remaining(self) -> float:
-        """Seconds left before the deadline; raises DeadlineExceeded when there are none."""
-        left = self._deadline - self._clock.now()
-        if left <= 0:
+    def begin(self) -> float:
+        """Start an attempt: the seconds left before the deadline; DeadlineExceeded when there are none."""
+        now = self._clock.now()
+        if now >= self._deadline:
             raise DeadlineExceeded("no time left to send the request")
-        return left
+        self._number += 1
+        self._started = now
+        return self._deadline - now
+
+    def end(self, outcome: str, *, version: str = "", error: ClientError | None = None) -> None:
+        """Log the attempt that runs, if one does."""
+        started, self._started = self._started, None
+        if started is not None and self.request is not None:
+            seconds = self._clock.now() - started
+            records.log_end(
+                self.request,
+                outcome,
+                attempt=self._number,
+                seconds=seconds,
+                version=version,
+                error=error,
+            )
 
     def wait_after(self, error: ClientError, *, idempotent: bool) -> float:
         """Seconds to wait before the next attempt, or `error` raised again when there must be none."""
-        self._failures += 1
+        self.end(records.outcome_of(error), error=error)
         unsafe = isinstance(error, ConnectionLost) and not idempotent
-        if not error.retryable or unsafe or self._failures >= self._policy.attempts:
+        if not error.retryable or unsafe or self._number >= self._policy.attempts:
             raise error
-        wait = self._policy.wait(self._failures, self._draw())
+        wait = self._policy.wait(self._number, self._draw())
         if self._clock.now() + wait >= self._deadline:
             raise error  # it says more than "deadline exceeded" would
         return wait

@@ -22,8 +22,8 @@ Arrays = dict[str, Array]
 Answer = Arrays | Exception
 
 
-# The request's id, which HTTP's generate endpoint passes on in this way.
-_NOT_OURS: Final = {"id"}
+# What HTTP's generate endpoint passes on in this way: the request's id and limit, and our clients' priority.
+_NOT_OURS: Final = {"id", "timeout", "onecard_priority"}
 _LISTS: Final = {"stop", "stop_token_ids"}
 
 

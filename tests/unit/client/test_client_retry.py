@@ -70,7 +70,7 @@ def test_a_request_that_is_not_idempotent_is_not_sent_twice(clock: Any) -> None:
 
 def test_no_time_left_is_a_deadline_and_nothing_is_sent(clock: Any) -> None:
     with pytest.raises(DeadlineExceeded):
-        Attempts(POLICY, clock, clock.now()).remaining()
+        Attempts(POLICY, clock, clock.now()).begin()
 
 
 def test_jitter_shortens_waits_by_at_most_its_share() -> None:
