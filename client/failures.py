@@ -62,7 +62,6 @@ _BEGINNINGS: tuple[tuple[str, type[ClientError]], ...] = (
     ("the queue is full", QueueFull),
     ("the wait is too long", QueueFull),
     ("the wait was too long", QueueTimeout),
-    ("no slot became free", QueueTimeout),
     ("the model is being unloaded", Overloaded),
     ("the request was cancelled", Cancelled),
     ("the engine failed", ServerFault),
