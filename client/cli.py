@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -34,6 +35,8 @@ def main() -> None:
     Example:
       client query classify "The noodles were excellent."
     """
+    # gRPC prints what becomes one of our errors all the same.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 @main.group()

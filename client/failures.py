@@ -70,6 +70,9 @@ _BEGINNINGS: tuple[tuple[str, type[ClientError]], ...] = (
     ("the next token could not be chosen", ServerFault),
 )
 
+# Python's words first, then those of gRPC's library.
+_VERIFY_FAILED = re.compile(r"certificate[ _]verify[ _]failed: ([^:(\]]*)", re.IGNORECASE)
+
 # By name, which spares importing their packages to ask.
 _BROKEN = ("ServerDisconnectedError", "HTTPConnectionClosed", "IncompleteRead", "ClientPayloadError")
 
@@ -114,9 +117,8 @@ def _from_connection(error: BaseException, url: str) -> tuple[type[ClientError],
 
 
 def _from_tls(text: str, url: str) -> tuple[type[ClientError], str]:
-    if "CERTIFICATE_VERIFY_FAILED" in text or "certificate verify failed" in text.lower():
-        reason = text.lower().rpartition("verify failed: ")[2].partition(" (_ssl")[0].partition("]")[0]
-        return Untrusted, f"the certificate of {url} is not trusted: {reason}"
+    if found := _VERIFY_FAILED.search(text):
+        return Untrusted, f"the certificate of {url} is not trusted: {found[1].strip()}"
     return UnexpectedAnswer, f"{url} does not speak TLS"
 
 
@@ -161,6 +163,8 @@ def _unavailable(text: str, lowered: str, url: str) -> tuple[type[ClientError], 
         return QueueTimeout, "the request waited in the model's queue for longer than its policy allows"
     if "certificate_verify_failed" in lowered or "wrong_version_number" in lowered:
         return _from_tls(text, url)
+    if "http1.x server" in lowered:
+        return UnexpectedAnswer, f"{url} does not speak gRPC; is it the HTTP port, or one for TLS (grpcs://)?"
     if any(sign in lowered for sign in _NEVER_CONNECTED):
         return Unreachable, f"cannot reach {url}: {text.rsplit('last error:', maxsplit=1)[-1].strip()}"
     return ConnectionLost, f"the connection to {url} broke: {text}"
