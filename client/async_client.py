@@ -13,7 +13,7 @@ from .codec import InferReply, InferRequest, parse_model_info
 from .errors import ClientError, InvalidInput, UnexpectedAnswer, UnknownModel
 from .flows import CallOptions, Flow, split_options
 from .generate import GenerateOptions, Prompt, PromptOptions
-from .retry import Attempts, Clock, RetryPolicy
+from .retry import Attempts, Budget, Clock, RetryPolicy
 from .status import server_status
 from .streams import AsyncStream
 from .transport import AsyncReplyStream, AsyncTransport, Endpoint, open_async_transport
@@ -45,6 +45,7 @@ class AsyncClient:
         self._transport = transport
         self._retry = retry or RetryPolicy()
         self._clock = clock or Clock()
+        self._budget = Budget(self._retry)
         self._models: dict[str, ModelInfo] = {}
         self._closed = False
 
@@ -165,7 +166,7 @@ class AsyncClient:
 
         return AsyncStream(
             start,
-            Attempts(self._retry, self._clock, self._clock.now() + limit),
+            self._attempts(None, self._clock.now() + limit),
             self._clock,
             logprobs=bool(parameters.get("logprobs")),
         )
@@ -210,8 +211,11 @@ class AsyncClient:
             except ClientError as error:
                 await self._clock.sleep_async(attempts.wait_after(error, idempotent=True))
 
+    def _attempts(self, request: InferRequest | None, deadline: float) -> Attempts:
+        return Attempts(self._retry, self._clock, deadline, request, self._budget)
+
     async def _infer(self, request: InferRequest, deadline: float) -> InferReply:
-        attempts = Attempts(self._retry, self._clock, deadline, request)
+        attempts = self._attempts(request, deadline)
         while True:
             try:
                 reply = await self._one_reply(request, attempts.begin())

@@ -14,7 +14,7 @@ from .codec import InferReply, InferRequest, parse_model_info
 from .errors import ClientError, InvalidInput, UnknownModel
 from .flows import CallOptions, Flow, split_options
 from .generate import GenerateOptions, Prompt, PromptOptions
-from .retry import Attempts, Clock, RetryPolicy
+from .retry import Attempts, Budget, Clock, RetryPolicy
 from .status import server_status
 from .streams import Single, Stream
 from .transport import Endpoint, Transport, open_transport
@@ -52,6 +52,7 @@ class Client:
         self._transport = transport
         self._retry = retry or RetryPolicy()
         self._clock = clock or Clock()
+        self._budget = Budget(self._retry)
         self._models: dict[str, ModelInfo] = {}
         self._threads: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
@@ -165,7 +166,7 @@ class Client:
         [request] = self._run(generate_flows.requests_for([given], options, parameters, stream=True), timeout)
         return Stream(
             lambda: self._transport.stream(request, limit),
-            Attempts(self._retry, self._clock, self._clock.now() + limit, request),
+            self._attempts(request, self._clock.now() + limit),
             self._clock,
             logprobs=bool(parameters.get("logprobs")),
         )
@@ -230,7 +231,7 @@ class Client:
             threads.shutdown(cancel_futures=True)
 
     def _attempts(self, request: InferRequest, deadline: float) -> Attempts:
-        return Attempts(self._retry, self._clock, deadline, request)
+        return Attempts(self._retry, self._clock, deadline, request, self._budget)
 
     def _infer(self, request: InferRequest, deadline: float) -> InferReply:
         attempts = self._attempts(request, deadline)

@@ -3,7 +3,7 @@
 ClientError (30)
 ├── InvalidInput (31)         the request is wrong: refused here before sending, or by the server
 ├── UnknownModel (32)         the server has no such model, or no such precision of it
-├── ModelNotReady (33)        the model is known but is not loaded
+├── ModelNotReady (33)        the model is known but is not loaded, or its process has ended
 ├── Unreachable (34)          no connection: nothing listens there, or the name does not resolve
 │   ├── ConnectionLost (34)   the connection broke while the request was on its way
 │   └── Untrusted (34)        the server's certificate is signed by nobody we trust, or for another name
@@ -63,6 +63,7 @@ class UnknownModel(ClientError):
 
 class ModelNotReady(ClientError):
     exit_code = 33
+    retryable = True  # nothing was computed, and it may be on its way back
 
 
 class Unreachable(ClientError):

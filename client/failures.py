@@ -70,6 +70,13 @@ _BEGINNINGS: tuple[tuple[str, type[ClientError]], ...] = (
     ("the next token could not be chosen", ServerFault),
 )
 
+# Anywhere in a message, and what is told then if not the message itself.
+_NOT_READY = (
+    ("no available versions", ""),
+    ("is not ready", ""),
+    ("is not healthy", "the model's process has ended"),
+)
+
 # Python's words first, then those of gRPC's library.
 _VERIFY_FAILED = re.compile(r"certificate[ _]verify[ _]failed: ([^:(\]]*)", re.IGNORECASE)
 
@@ -133,8 +140,9 @@ def _from_status(status: str, message: str, url: str) -> tuple[type[ClientError]
                 return kind, text
     if "is restricted, expecting header" in lowered:
         return AccessDenied, f"{url} restricts this"
-    if "no available versions" in lowered or "is not ready" in lowered:
-        return ModelNotReady, text
+    for sign, told in _NOT_READY:
+        if sign in lowered:
+            return ModelNotReady, told or text
     if status in ("UNAVAILABLE", "503"):
         return _unavailable(text, lowered, url)
     return _by_status(status, text, url)

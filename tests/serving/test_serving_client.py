@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import random
 import threading
 import time
@@ -211,7 +212,7 @@ def test_a_full_queue_rejects_and_retrying_gets_through(url: str) -> None:
     assert rejected[0].model == "narrow"
     rejected.clear()
     answered.clear()
-    asyncio.run(crowd(RetryPolicy(attempts=5000, initial=0.01, maximum=0.05)))
+    asyncio.run(crowd(RetryPolicy(attempts=5000, initial=0.01, maximum=0.05, budget=math.inf)))
     assert (len(answered), rejected) == (24, [])
 
 

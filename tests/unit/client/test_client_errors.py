@@ -46,6 +46,8 @@ RECORDED = [
         ModelNotReady,
     ),
     (triton("[request id: a] Exceeds maximum queue size", "StatusCode.UNAVAILABLE"), QueueFull),
+    (triton("Stub process 'm_0_0' is not healthy.", "StatusCode.INTERNAL"), ModelNotReady),
+    (triton("Stub process 'm_0_0' is not healthy.", "500"), ModelNotReady),
     (triton("[request id: a] Exceeds maximum queue size", "503"), QueueFull),
     (triton("Request timeout expired", "StatusCode.UNAVAILABLE"), QueueTimeout),
     (triton("Request timeout expired", "503"), QueueTimeout),
@@ -128,6 +130,7 @@ def test_only_failures_before_any_computation_are_retryable() -> None:
     assert {cls.__name__ for cls in classes() if cls.retryable} == {
         "Unreachable",
         "ConnectionLost",
+        "ModelNotReady",
         "Overloaded",
         "QueueFull",
         "QueueTimeout",
