@@ -57,8 +57,8 @@ class RetryPolicy:
 
 
 class Budget:
-    """What a client has left to try rejected requests again with; all its calls share it (gRPC's throttling of
-    retries)."""
+    """What a client has left to try rejected requests again with; all its calls share it. gRPC throttles
+    retries in this way."""
 
     def __init__(self, policy: RetryPolicy) -> None:
         self._most = self._left = policy.budget
