@@ -213,7 +213,10 @@ def quiet(address: str, model: str) -> dict[str, float]:
         time.sleep(0.1)
         last, found = found, metrics(address, model)
         # The rate is an average over some seconds, which go by without a request too.
-        if any(last[name] != found[name] for name in last.keys() - {"tokens_per_second", "resident_bytes"}):
+        if any(
+            last[name] != found[name]
+            for name in last.keys() - {"tokens_per_second", "resident_bytes", "reported_timestamp_seconds"}
+        ):
             since = time.monotonic()
         if found.get("slots_active") or found.get("queue_requests"):
             since = time.monotonic()
