@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from .metrics import Labels, Scrape, Series
 
@@ -44,11 +45,42 @@ class ModelRates:
 
 def rates(before: Scrape, after: Scrape) -> tuple[ModelRates, ...]:
     """Every model of the later reading that publishes metrics of ours, by name."""
-    return tuple(
-        _model(Window(before, after, name))
-        for name in sorted(after.models)
-        if after.series(name, "onecard_requests_total")
+    found = []
+    for name in sorted(after.models):
+        if after.series(name, "onecard_requests_total"):
+            found.append(_model(Window(before, after, name)))
+        elif after.series(name, "onecard_tokens_total"):
+            found.append(_native(Window(before, after, name), Window(before, after, f"{name}_engine")))
+    return tuple(found)
+
+
+def _native(whole: Window, engine: Window) -> ModelRates:
+    """Of the native layout Triton's figures: the ensemble's requests, the engine's queue and batches."""
+    seconds = max(whole.seconds, 1e-9)
+    failures = whole.by("nv_inference_request_failure", "reason")
+    rejected = engine.by("nv_inference_request_failure", "reason").get("REJECTED", 0.0)
+    wait_us = engine.ratio("nv_inference_queue_duration_us", "nv_inference_request_success")
+    return ModelRates(
+        name=whole.model,
+        requests_per_s=(whole.increase("nv_inference_request_success") + sum(failures.values())) / seconds,
+        failed_per_s=sum(failures.values()) / seconds,
+        cancelled_per_s=failures.get("CANCELED", 0.0) / seconds,
+        rejected_per_s={"rejected": rejected / seconds} if rejected else {},
+        queue_requests=int(engine.after.total(engine.model, "nv_inference_pending_request_count")),
+        queue_ms=None if wait_us is None else wait_us / 1e3,
+        batch=engine.ratio("nv_inference_count", "nv_inference_exec_count"),
+        **_cached(whole),
     )
+
+
+def _cached(window: Window) -> dict[str, Any]:
+    if not window.after.series(window.model, "nv_cache_num_hits_per_model"):
+        return {}
+    seconds = max(window.seconds, 1e-9)
+    return {
+        f"cache_{what}_per_s": window.increase(f"nv_cache_num_{what}_per_model") / seconds
+        for what in ("hits", "misses")
+    }
 
 
 def _model(window: Window) -> ModelRates:
@@ -59,7 +91,6 @@ def _model(window: Window) -> ModelRates:
     outcomes = window.by("onecard_requests_total", "outcome")
     rejections = window.by("onecard_rejections_total", "reason")
     seconds = max(window.seconds, 1e-9)
-    cached = bool(window.after.series(window.model, "nv_cache_num_hits_per_model"))
     generates = bool(window.after.series(window.model, "onecard_llm_slots"))
     return ModelRates(
         name=window.model,
@@ -72,8 +103,6 @@ def _model(window: Window) -> ModelRates:
         batch=window.ratio("onecard_rows_total", "onecard_runs_total"),
         p50_ms=_ms(window.quantile("onecard_request_seconds_bucket", 0.5)),
         p99_ms=_ms(window.quantile("onecard_request_seconds_bucket", 0.99)),
-        cache_hits_per_s=window.increase("nv_cache_num_hits_per_model") / seconds if cached else None,
-        cache_misses_per_s=window.increase("nv_cache_num_misses_per_model") / seconds if cached else None,
         slots=gauge("onecard_llm_slots"),
         slots_active=gauge("onecard_llm_slots_active"),
         tokens_per_s=window.increase("onecard_llm_generated_tokens_total") / seconds if generates else None,
@@ -81,6 +110,7 @@ def _model(window: Window) -> ModelRates:
         first_token_p99_ms=_ms(window.quantile("onecard_first_token_seconds_bucket", 0.99)),
         resident_bytes=gauge("onecard_resident_bytes"),
         planned_bytes=gauge("onecard_planned_bytes"),
+        **_cached(window),
     )
 
 

@@ -187,6 +187,28 @@ def test_models_without_metrics_of_ours_are_left_out() -> None:
     assert rates(Scrape(0), metrics.parse('nv_inference_count{model="other",version="1"} 5\n', 1)) == ()
 
 
+def test_the_native_layout_has_triton_s_figures() -> None:
+    def page(at: float, count: int) -> Scrape:
+        lines = [
+            f'nv_inference_request_success{{model="m",version="1"}} {count}',
+            f'nv_inference_request_failure{{model="m",reason="OTHER",version="1"}} {count // 10}',
+            f'nv_inference_request_success{{model="m_engine",version="1"}} {count}',
+            f'nv_inference_request_failure{{model="m_engine",reason="REJECTED",version="1"}} {count // 20}',
+            f'nv_inference_count{{model="m_engine",version="1"}} {8 * count}',
+            f'nv_inference_exec_count{{model="m_engine",version="1"}} {count}',
+            f'nv_inference_queue_duration_us{{model="m_engine",version="1"}} {3000 * count}',
+            'nv_inference_pending_request_count{model="m_engine",version="1"} 7',
+            f'onecard_tokens_total{{model="m"}} {9 * count}',
+        ]
+        return metrics.parse("\n".join(lines) + "\n", at)
+
+    [model] = rates(page(0, 100), page(2, 200))
+    assert (model.name, model.requests_per_s, model.failed_per_s) == ("m", 55, 5)
+    assert model.rejected_per_s == {"rejected": 2.5}
+    assert (model.queue_requests, model.queue_ms, model.batch) == (7, 3, 8)
+    assert (model.p99_ms, model.cache_hits_per_s) == (None, None)
+
+
 def test_totals_since_the_start() -> None:
     found = scrape(0, queue_sum=3, queue_count=12, fast=50, all=100)
     assert mean_of(found, "m", "onecard_queue_seconds") == 0.25
