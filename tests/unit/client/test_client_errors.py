@@ -131,7 +131,6 @@ def test_only_failures_before_any_computation_are_retryable() -> None:
         "ModelNotReady",
         "Unreachable",
         "ConnectionLost",
-        "ModelNotReady",
         "Overloaded",
         "QueueFull",
         "QueueTimeout",
