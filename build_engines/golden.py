@@ -19,11 +19,12 @@ from calibration.samples import Conversation, load_conversations
 from triton_repo.runtime.chat import ChatTemplate, read_messages
 from triton_repo.runtime.encode import Encoder
 from triton_repo.runtime.engines import open_decoder_engine
-from triton_repo.runtime.generation import GenerationService, open_tokenizer
+from triton_repo.runtime.generation import GenerationService
 from triton_repo.runtime.golden import FILE, FORMAT, packed
 from triton_repo.runtime.probe import encoder_rows
 from triton_repo.runtime.scheduler import Scheduler
 from triton_repo.runtime.texts import BadRequest, EngineFailed
+from triton_repo.runtime.tokenization import read_tokenizer
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -67,7 +68,7 @@ def record_encoder(folder: Path, texts: Sequence[str], groups: Sequence[tuple[st
 def record_generator(folder: Path, evaluation: DataRef) -> None:
     """Write golden.json into a finished engine folder: evaluation prompts and what follows them greedily."""
     engine = open_decoder_engine(folder)
-    service = GenerationService(engine, open_tokenizer(folder), Scheduler(engine))
+    service = GenerationService(engine, read_tokenizer(folder / "tokenizer.json"), Scheduler(engine))
     try:
         serving = engine.manifest["serving"]
         conversations = load_conversations(evaluation.path or evaluation.spec)

@@ -9,7 +9,8 @@ from importlib import metadata
 from pathlib import Path
 
 from build_engines.errors import ServerError
-from triton_repo.server import ServerOptions, uses_cache
+from triton_repo.repository import uses_cache
+from triton_repo.server import ServerOptions
 from triton_repo.versions import served_versions
 
 # Python 3.12 inside, which the served runtime needs (3.11 or newer), and TensorRT 11.

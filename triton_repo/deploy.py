@@ -20,7 +20,7 @@ from build_engines.atomic import folder_aside
 from build_engines.errors import BusyError, RepositoryError, ServerError
 from build_engines.stack import Stack
 from triton_repo import shared_memory
-from triton_repo.config_pbtxt import parse, render
+from triton_repo.config_pbtxt import parse
 from triton_repo.control import ControlsModels, State
 from triton_repo.engine_entries import Entry
 from triton_repo.room import Candidate, require_room
@@ -147,12 +147,12 @@ class Rollout:
         if change.new is None:
             return self._remove(change, model)
         if change.old is None:
-            shutil.copyfile(written / str(change.new) / CONFIG, written / CONFIG)
             written.rename(model.folder)
             return self._add(change, model)
+        (written / str(change.new)).rename(model.path(change.new))
+        # Behind it: its record is what allows these.
         for path in (written / "warmup").iterdir():
             path.replace(model.folder / "warmup" / path.name)
-        (written / str(change.new)).rename(model.path(change.new))
         return self._replace(change, model)
 
     def _replace(self, change: Change, model: ServedModel) -> Outcome:
@@ -162,7 +162,7 @@ class Rollout:
         config = model.config_of(change.new)
         try:
             taken = self._taken_up(change, model, config)
-            (self._aside / CONFIG).write_text(render(config), encoding="utf-8")
+            shutil.copyfile(model.path(change.new) / CONFIG, self._aside / CONFIG)
             # From here on a restart serves the new version.
             (self._aside / CONFIG).replace(model.folder / CONFIG)
         except BaseException:

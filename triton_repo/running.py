@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from build_engines.atomic import write_text
 from build_engines.errors import ServerError
+from triton_repo.processes import stat_fields
 
 # The name that Triton looks for over HTTP and over gRPC alike: it puts this prefix before the name that a
 # gRPC restriction is given, and nothing before the one of an HTTP restriction.
@@ -24,6 +24,7 @@ ADMIN_HEADER = GRPC_PREFIX + ADMIN_NAME
 
 _FILE = "server.json"
 _MOST_BYTES = 1 << 16
+_START_TIME = 19
 _START = "start it: triton-repo serve STACK"
 
 
@@ -105,9 +106,7 @@ def _read(path: Path) -> Running:
 def _born(pid: int) -> int | None:
     """When the process started, in clock ticks after boot; None when there is no such process."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        fields = stat_fields(pid)
     except OSError:
         return None
-    # The name in parentheses may hold anything; a zombie has ended.
-    fields = re.split(r"\s+", stat.rpartition(")")[2].strip())
-    return None if fields[0] == "Z" else int(fields[19])
+    return None if fields[0] == "Z" else int(fields[_START_TIME])

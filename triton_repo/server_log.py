@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
+
+from triton_repo import json_log
 
 _LOADED = re.compile(r"successfully loaded '([^']+)'")
 _FAILED = re.compile(r"failed to load '([^']+)' version \d+: (.*)")
@@ -12,6 +16,15 @@ _PORT_TAKEN = re.compile(r"failed to start (\w+) service: .*in use", re.IGNORECA
 _ERROR = re.compile(r"^(?:E\d{4} .*?\] |error: )(.*)$", re.MULTILINE)
 
 NO_GPU = "it is for a GPU, and Triton finds none here (no driver, or a container started without --gpus)"
+
+
+def read(path: Path) -> str:
+    """The log so far, as Triton wrote it; of JSON lines, without the times. Empty where there is none."""
+    try:
+        log = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return "\n".join(map(_plain, log.splitlines())) if log.startswith('{"time": ') else log
 
 
 def loaded(log: str) -> set[str]:
@@ -43,6 +56,13 @@ def reason_of(message: str) -> str:
     """What a failed load request says, without what Triton puts around it."""
     found = _STATE.search(message)
     return _first_part((found[1] if found else message).split("\n\nAt:")[0].rstrip().rstrip(";"))
+
+
+def _plain(line: str) -> str:
+    try:
+        return json_log.text(json.loads(line))
+    except ValueError:  # one that is being written
+        return line
 
 
 def _first_part(reason: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from build_engines.atomic import write_text
 from build_engines.stack import DataRef, Model, Stack
 from triton_repo.engine_entries import Entry
+from triton_repo.runtime.seal import RECORD, sealed_files
 
 FILE = "stack.json"
 
@@ -55,6 +56,9 @@ def write_summary(records: Iterable[Mapping[str, Any]], folder: Path) -> None:
         found["variants"].setdefault(record["precision"], record["name"])
     summary = {"stack": stack, "models": models}
     write_text(folder / FILE, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    evaluation = [_evaluation(Path(), name) for name, found in models.items() if found["evaluation"]]
+    sealed = sealed_files(folder, [FILE, *(path.as_posix() for path in evaluation)])
+    write_text(folder / RECORD, json.dumps(sealed, indent=1) + "\n")
 
 
 def _limits(model: Model, serving: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@
     <repository>/<Triton model>/1/model.py, manifest.json, engine, tokenizer and chat template (hard links)
     <repository>/<Triton model>/1/triton_repo/__init__.py, runtime/**/*.py
     <repository>/<Triton model>/1/config.pbtxt, served.json: what this version was written with
+    <repository>/<Triton model>/1/digests.json: of all these
 
 `triton-repo deploy` adds versions 2, 3, ... (triton_repo.deploy). An encoder in the native layout is several
 Triton models (triton_repo.native).
@@ -22,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from build_engines.atomic import link_or_copy, replaced_folder
+from build_engines.atomic import link_or_copy, replaced_folder, write_text
 from build_engines.errors import RepositoryError, ServerError
 from build_engines.stack import Stack
 from triton_repo.config_pbtxt import parse, render, to_message
@@ -32,6 +33,7 @@ from triton_repo.generators import generator_spec, warmup_files
 from triton_repo.native import check_native, native_parts
 from triton_repo.running import read_running
 from triton_repo.runtime import fingerprint
+from triton_repo.runtime.seal import RECORD, sealed
 from triton_repo.summary import now, served_record, write_evaluation, write_summary
 from triton_repo.versions import CONFIG, SERVED, ServedModel, served_versions, version_of
 
@@ -64,9 +66,8 @@ def write_repository(
                 if native and entry.model.task != "generate":
                     _write_native(entry, aside, runtime)
                     continue
-                folder = aside / entry.name
-                write_version(entry, folder, config_text(entry, runtime, 1), records[entry.name])
-                shutil.copyfile(folder / "1" / CONFIG, folder / CONFIG)
+                config = config_text(entry, runtime, 1)
+                write_version(entry, aside / entry.name, config, records[entry.name])
         write_evaluation((entry.model for entry in entries), beside)
         write_summary(records.values(), beside)
     return out
@@ -97,6 +98,11 @@ def _refuse_served(out: Path) -> None:
     )
 
 
+def seal(version: Path) -> None:
+    """Write the `digests.json` of a version's folder: after all else that is in it and beside it."""
+    write_text(version / RECORD, json.dumps(sealed(version), indent=1) + "\n")
+
+
 def not_judged(repository: Path) -> list[str]:
     """Triton models whose engine no gate has run yet: it was compiled where no GPU could run it."""
     found = []
@@ -114,16 +120,18 @@ def not_judged(repository: Path) -> list[str]:
 
 
 def write_version(entry: Entry, folder: Path, config: str, served: Mapping[str, Any]) -> None:
-    """Write the version folder that `config` names, and the warm-up files beside it."""
+    """Write a model's folder that has the one version which `config` names."""
     version = folder / str(version_of(parse(config)))
     version.mkdir(parents=True)
-    (version / CONFIG).write_text(config, encoding="utf-8")
+    for path in (folder / CONFIG, version / CONFIG):
+        path.write_text(config, encoding="utf-8")
     (version / SERVED).write_text(json.dumps(served, indent=1, ensure_ascii=False), encoding="utf-8")
     generates = entry.model.task == "generate"
     _write_warmup(folder, warmup_files() if generates else {WARMUP_FILE: warmup_bytes()})
     for name in ("manifest.json", entry.manifest["engine"]["file"], *entry.manifest["files"]):
         link_or_copy(entry.folder / name, version / name)
     _copy_code("generator.py" if generates else "encoder.py", version)
+    seal(version)
 
 
 def config_text(entry: Entry, runtime: str, version: int) -> str:
@@ -147,7 +155,7 @@ def is_current(entry: Entry, model: ServedModel) -> bool:
 def _write_native(entry: Entry, repository: Path, runtime: str) -> None:
     for part in native_parts(entry.model, entry.name, entry.manifest, runtime):
         folder = repository / part.spec.name
-        # An ensemble's version folder is empty, and must be there.
+        # An ensemble's version folder has nothing to serve, and must be there.
         (folder / "1").mkdir(parents=True)
         for name in part.files:
             link_or_copy(entry.folder / name, folder / "1" / name)
@@ -156,6 +164,7 @@ def _write_native(entry: Entry, repository: Path, runtime: str) -> None:
             _write_warmup(folder, {WARMUP_FILE: warmup_bytes()})
         if part.source is not None:
             _copy_code(part.source, folder / "1")
+        seal(folder / "1")
 
 
 def _write_warmup(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -273,14 +273,13 @@ def test_our_client_finds_the_ensembles_alone(native: Server) -> None:
     assert shown.exit_code == 0, shown.output
     models = {model["name"]: model for model in json.loads(shown.stdout)["models"]}
     assert {name for name, model in models.items() if model["task"]} == set(MODELS)
-    assert {model["state"] for model in models.values()} == {"READY"}
 
 
 def test_truncation_is_counted_under_the_ensembles_name(grpc: Any, native: Server) -> None:
     def counted() -> float:
         with urllib.request.urlopen(f"http://{native.urls['metrics']}/metrics") as answer:
             lines = answer.read().decode().splitlines()
-        found = [line for line in lines if line.startswith('onecard_truncated_total{model="order"}')]
+        found = [line for line in lines if line.startswith('onecard_truncated_total{model="order"')]
         return float(found[0].split()[-1])
 
     before = counted()

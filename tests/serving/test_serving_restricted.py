@@ -1,4 +1,4 @@
-"""The APIs that change the server want the admin key, the others are open, and the key is found where it lies."""
+"""The APIs that change the server want the admin key, the others are open; the key lies where it should."""
 
 from __future__ import annotations
 

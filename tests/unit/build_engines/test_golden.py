@@ -27,11 +27,12 @@ from build_engines.targets.decoder_lowering import lower_decoder, widen_decoder
 from build_engines.verify import load_evaluation
 from triton_repo.runtime.encode import Encoder
 from triton_repo.runtime.engines import open_decoder_engine
-from triton_repo.runtime.generation import GenerationService, open_tokenizer
+from triton_repo.runtime.generation import GenerationService
 from triton_repo.runtime.golden import FILE, Differs, Golden, ProbeFailed, generator_distance, read_golden
 from triton_repo.runtime.probe import probe_encoder, probe_generator
 from triton_repo.runtime.scheduler import Scheduler
 from triton_repo.runtime.session import EngineRefused
+from triton_repo.runtime.tokenization import read_tokenizer
 
 TASKS = ("classify", "embed", "rerank")
 LLAMA = RandomLlama(
@@ -262,7 +263,7 @@ def test_only_tokens_that_are_well_ahead_are_recorded(engines: dict[str, BuiltEn
     golden = read_golden(engine.folder, engine.manifest)
     assert golden is not None
     opened = open_decoder_engine(engine.folder)
-    service = GenerationService(opened, open_tokenizer(engine.folder), Scheduler(opened))
+    service = GenerationService(opened, read_tokenizer(engine.folder / "tokenizer.json"), Scheduler(opened))
     for request in golden.requests:
         ids = service.prompt({"text": request["text"]})
         assert len(ids) == request["tokens"] <= opened.capacity - 8

@@ -43,9 +43,9 @@ class Sender:
 
 
 class Request:
-    def __init__(self, parameters: str = "{}", **tensors: Any) -> None:
+    def __init__(self, parameters: str = "{}", timeout_us: int = 0, **tensors: Any) -> None:
         self.sender = Sender()
-        self._parameters = parameters
+        self._parameters, self._timeout_us = parameters, timeout_us
         self._tensors = tensors
 
     def get_response_sender(self) -> Sender:
@@ -56,6 +56,12 @@ class Request:
 
     def parameters(self) -> str:
         return self._parameters
+
+    def timeout(self) -> int:
+        return self._timeout_us
+
+    def request_id(self) -> str:
+        return "r-1"
 
 
 class _Tensor:
@@ -88,7 +94,8 @@ class MetricFamily:
         self.made: dict[str, _Metric] = {}
 
     def Metric(self, *, labels: dict[str, str]) -> _Metric:
-        return self.made.setdefault(labels.get("outcome", ""), _Metric(self.kind))
+        own = [value for name, value in labels.items() if name not in ("model", "version", "replica")]
+        return self.made.setdefault(" ".join(own), _Metric(self.kind))
 
 
 class _Metric:
@@ -112,9 +119,15 @@ def fake_triton() -> ModuleType:
     module.TRITONSERVER_RESPONSE_COMPLETE_FINAL = FINAL
     module.TritonError, module.TritonModelException = TritonError, TritonModelException
     module.log = []
-    module.Logger = type("Logger", (), {"log_error": staticmethod(module.log.append)})
+    names = ("log_info", "log_error")
+    module.Logger = type("Logger", (), dict.fromkeys(names, staticmethod(module.log.append)))
     module.Tensor = lambda name, value: (name, value)
     module.families = {}
+
+    def input_tensor(request: Request, name: str) -> _Tensor | None:
+        return next((tensor for tensor in request.inputs() if tensor.name() == name), None)
+
+    module.get_input_tensor_by_name = input_tensor
 
     def family(**fields: Any) -> MetricFamily:
         return module.families.setdefault(fields["name"], MetricFamily(**fields))
@@ -151,24 +164,29 @@ class Service:
         self.counts: dict[str, Any] = {}
         self.closed = False
         self.refused = 0
+        self.urgency: list[tuple[int, float]] = []
 
     @classmethod
     def open(cls, folder: Any, **settings: Any) -> Service:
         return cls(settings)
 
-    def submit(self, fields: dict[str, Any], on_delta: Callable[[Delta], object]) -> Handle:
+    def submit(
+        self, fields: dict[str, Any], on_delta: Callable[[Delta], object], *, level: int, timeout_s: float
+    ) -> Handle:
         if fields.get("text") == b"refuse":
-            self.refuse()
-            raise BadRequest("'text' is refused")
+            refusal = BadRequest("'text' is refused")
+            self.refuse(refusal)
+            raise refusal
         if fields.get("text") == b"fault":
             raise ZeroDivisionError("while reading: fault")
         handle = Handle(on_delta)
         self.fields.append(fields)
+        self.urgency.append((level, timeout_s))
         self.handles.append(handle)
         self.arrived.release()
         return handle
 
-    def refuse(self) -> None:
+    def refuse(self, error: Exception) -> None:
         self.refused += 1
 
     def snapshot(self) -> dict[str, Any]:
