@@ -16,7 +16,7 @@ from triton_repo.running import Running
 from triton_repo.server_log import reason_of
 
 # How a stream's errors begin, which have no code, where the server takes no work now.
-_BUSY: Final = ("the queue is full", "the wait ", "no slot became free")
+_BUSY: Final = ("the queue is full", "the wait ")
 _CONTROL_S, _ANSWER_S = 30.0, 60.0
 
 Arrays = dict[str, npt.NDArray[Any]]

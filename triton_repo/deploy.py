@@ -114,8 +114,10 @@ class Rollout:
                 if change.entry:
                     served = served_record(stack, change.entry, self.repository.parent, written)
                     write_version(change.entry, self._aside / change.name, texts[change.name], served)
-                yield self._carried_out(change)
-                self._summarize()
+                outcome = self._carried_out(change)
+                if change.action != "keep":
+                    self._summarize()
+                yield outcome
 
     def rollback(self, model: str | None) -> Iterator[Outcome]:
         """Go back to the versions before the last deploy, or before the last one of `model`.
@@ -134,8 +136,9 @@ class Rollout:
             require_room(models, candidates, last[0].summary(last[0].version)["usable_bytes"])
             for found in last:
                 change = Change(name=found.name, action="roll back", old=found.version, new=kept[found.name])
-                yield self._replace(change, found)
+                outcome = self._replace(change, found)
                 self._summarize()
+                yield outcome
 
     # --- one model ------------------------------------------------------------------------------------------
 

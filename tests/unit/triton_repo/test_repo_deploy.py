@@ -446,13 +446,13 @@ def test_the_command_line_without_a_server(place: Place, words: list[str], messa
     assert message in result.output
 
 
-_CHANGES = ("os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "shutil.copyfile", "shutil.rmtree")
+_CHANGES = ("os.rename", "os.link", "shutil.copyfile", "shutil.rmtree")
 
 
 def at_step(number: int, folder: Path, fail: Callable[[], None]) -> Callable[[], int]:
     """From now on this process's `number`th change to files below `folder` does not happen: `fail` is called.
 
-    Returns how many there were. Of those inside the folder aside, which nobody reads, each 30th counts.
+    Returns how many there were. Of those that fill the folder aside, which nobody reads, each 60th counts.
     """
     seen, aside = [0], [0]
 
@@ -461,9 +461,9 @@ def at_step(number: int, folder: Path, fail: Callable[[], None]) -> Callable[[],
         writes = isinstance(opened, int) and opened & (os.O_WRONLY | os.O_RDWR)
         if str(folder) not in str(arguments[:1]) or not (event in _CHANGES or writes):
             return
-        if event != "os.rename" and ".repository.aside-" in str(arguments[0]):
+        if event == "os.link" or (event == "open" and ".repository.aside-" in str(arguments[0])):
             aside[0] += 1
-            if aside[0] % 30:
+            if aside[0] % 60:
                 return
         seen[0] += 1
         if seen[0] == number:
