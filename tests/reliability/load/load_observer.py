@@ -49,6 +49,7 @@ class Observer:
     samples: list[Sample] = field(default_factory=list)
     _ended: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
+    _pids: dict[str, int] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
         self._pids = processes(self.server)

@@ -17,7 +17,7 @@ from client import codec
 from client.codec import Array
 from client.generate import OUTPUTS, Prompt, parameters, request_inputs
 
-_ENCODER_REQUESTS = 96
+_ENCODER_REQUESTS = 64
 _STREAMS = 40
 _MOST_WORDS = 120
 _LEFT_AFTER = 4
