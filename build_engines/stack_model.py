@@ -82,8 +82,6 @@ _CALIBRATION_OF_ENCODERS: Final = dict.fromkeys(
 )
 _QUEUE_OF_ENCODERS: Final = {
     "max_delay_us": "remove it; sequences join the running batch at any step",
-    "priority_levels": "remove it; waiting requests are served in turn",
-    "default_priority": "remove it; waiting requests are served in turn",
 }
 
 
@@ -118,7 +116,7 @@ def _encoder(name: str, table: Table, task: Task) -> Model:
         calibration=_calibration(table, task),
         evaluation=_data(table, "evaluation", task),
         gates=_gates(table, task),
-        queue=_queue(table),
+        queue=_queue(table, Queue()),
         cache=table.flag("cache", False),
         instances=table.integer("instances", 1, 16, 1),
     )
@@ -322,28 +320,22 @@ def _gates(model: Table, task: Task) -> Gates:
     return Gates(**{key: table.number(key, 0.0, 1.0, value) for key, value in defaults.items()})
 
 
-def _queue(model: Table) -> Queue:
+def _queue(model: Table, default: Queue) -> Queue:
     table = model.table("queue", QUEUE_KEYS)
-    levels = table.integer("priority_levels", 0, 64, 0)
-    if levels == 0 and table.has("default_priority"):
-        raise table.bad("default_priority", "is set without priority_levels", hint="set priority_levels")
+    levels = table.integer("priority_levels", 1, 64, default.priority_levels)
     return Queue(
-        max_size=table.integer("max_size", 0, 1_000_000, 0, unit="requests"),
-        timeout_ms=table.integer("timeout_ms", 0, 3_600_000, 0, unit="ms"),
+        max_size=table.integer("max_size", 1, 1_000_000, default.max_size, unit="requests"),
+        deadline_ms=table.integer("deadline_ms", 1, 3_600_000, default.deadline_ms, unit="ms"),
         max_delay_us=table.integer("max_delay_us", 0, 10_000_000, 0, unit="µs"),
         priority_levels=levels,
-        default_priority=table.integer("default_priority", 1, levels, (levels + 1) // 2) if levels else 0,
+        default_priority=table.integer("default_priority", 1, levels, (levels + 1) // 2),
     )
 
 
 def _waiting(model: Table) -> Queue:
-    """The queue for slots: both bounds always hold, because each waiting prompt is kept in memory."""
-    table = model.table("queue", QUEUE_KEYS)
-    _refuse(table, "generate", _QUEUE_OF_ENCODERS)
-    return Queue(
-        max_size=table.integer("max_size", 1, 100_000, 256, unit="requests"),
-        timeout_ms=table.integer("timeout_ms", 1, 3_600_000, 60_000, unit="ms"),
-    )
+    """The queue for slots. Each waiting prompt is kept in memory, and an answer takes seconds."""
+    _refuse(model.table("queue", QUEUE_KEYS), "generate", _QUEUE_OF_ENCODERS)
+    return _queue(model, Queue(max_size=256, deadline_ms=60_000))
 
 
 def _shape(model: Table, task: Task) -> ModelShape:

@@ -128,22 +128,18 @@ DEFAULT_GATES: Final[dict[str, dict[str, float]]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Queue:
-    """What may wait for one model. Priorities run from 1 (first) to `priority_levels`; 0 levels: none.
+    """What may wait for one model, in a queue of the served model's own.
 
-    Of an encoder it is Triton's queue. `max_size` and `timeout_ms` 0: unbounded, requests wait until their
-    client gives up. That is the default because any bound or priority makes Triton stop preparing the next
-    batch while one runs, and a request may then sit in an idle queue for up to half a second
-    (triton_repo.config_pbtxt.BatchingSpec).
-
-    An LLM's requests wait for a slot in its own scheduler: `max_size` and `timeout_ms` are always bounds
-    there, and the other three have no meaning.
+    `max_size` requests at most; from arrival to the answer (of an LLM to its first token) `deadline_ms`: a
+    request that is not going to make it is sent away. Priorities run from 1 (first) to `priority_levels`.
+    `max_delay_us`: how long an encoder waits for more requests to run together.
     """
 
-    max_size: int = 0
-    timeout_ms: int = 0
+    max_size: int = 1024
+    deadline_ms: int = 10_000
     max_delay_us: int = 0
-    priority_levels: int = 0
-    default_priority: int = 0
+    priority_levels: int = 3
+    default_priority: int = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

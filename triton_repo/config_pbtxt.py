@@ -34,23 +34,17 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchingSpec:
-    """Dynamic batching and its queue. A request that finds `max_queue_size` others waiting is rejected, so
-    is one that waited `timeout_us`. A request may ask for a shorter timeout, never for a longer one.
+    """Dynamic batching: `max_delay_us` 0 sends whatever waits as soon as the model is free.
 
-    `max_delay_us` 0 sends whatever waits as soon as the model is free: under load batches form by themselves.
-    `priority_levels` 0 turns priorities off; 1 is the first to run.
-
-    A bound, a timeout or priorities cost latency: with any of them Triton stops fetching the next batch while
-    one runs, and a request that arrives just before the model is free again is not noticed until the next one
-    arrives or 500 ms have passed (measured: p99 of one client at a time 510 ms instead of 40 ms). So 0, the
-    default, writes no policy at all; a request whose client has given up is dropped from the queue even then.
+    `max_queue_size` and `timeout_us` reject what finds so many others waiting, or waited so long; 0, the
+    default, writes no policy. With one Triton stops fetching the next batch while one runs, and a request
+    that arrives just before the model is free again is not noticed until the next one arrives or 500 ms have
+    passed (measured: p99 of one client at a time 510 ms instead of 40 ms).
     """
 
     max_queue_size: int = 0
     timeout_us: int = 0
     max_delay_us: int = 0
-    priority_levels: int = 0
-    default_priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +153,7 @@ def _add_backend(pb: Any, message: Any, spec: ConfigSpec) -> None:
     if spec.batching is not None:
         if spec.max_batch < 1:
             raise RepositoryError(f"{spec.name}: dynamic batching needs max_batch_size of at least 1")
-        message.dynamic_batching.CopyFrom(_batching(pb, spec.name, spec.batching))
+        message.dynamic_batching.CopyFrom(_batching(pb, spec.batching))
     group = message.instance_group.add(kind=pb.ModelInstanceGroup.Kind.Value(spec.kind), count=spec.instances)
     if spec.kind == "KIND_GPU":
         # Without a list Triton puts an instance on every GPU; the plan is for one card.
@@ -213,16 +207,8 @@ def parse(text: str) -> Any:
         raise RepositoryError(f"config.pbtxt: {error}") from None
 
 
-def _batching(pb: Any, name: str, spec: BatchingSpec) -> Any:
-    if spec.priority_levels and not 1 <= spec.default_priority <= spec.priority_levels:
-        raise RepositoryError(
-            f"{name}: default priority {spec.default_priority} is outside 1..{spec.priority_levels}"
-        )
-    batching = pb.ModelDynamicBatching(
-        max_queue_delay_microseconds=spec.max_delay_us,
-        priority_levels=spec.priority_levels,
-        default_priority_level=spec.default_priority if spec.priority_levels else 0,
-    )
+def _batching(pb: Any, spec: BatchingSpec) -> Any:
+    batching = pb.ModelDynamicBatching(max_queue_delay_microseconds=spec.max_delay_us)
     if spec.max_queue_size or spec.timeout_us:
         policy = batching.default_queue_policy
         policy.timeout_action = pb.ModelQueuePolicy.REJECT

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from build_engines.errors import RepositoryError
-from build_engines.stack import Model
+from build_engines.stack import Model, Queue
 from triton_repo.config_pbtxt import BatchingSpec, ConfigSpec, TensorSpec, WarmupSpec
 
 # Short enough for every max_length, so that no model refuses its own warm-up.
@@ -23,13 +23,8 @@ def encoder_spec(model: Model, triton_name: str, manifest: Mapping[str, Any], ru
         max_batch=model.max_batch,
         inputs=inputs,
         outputs=outputs,
-        batching=BatchingSpec(
-            max_queue_size=model.queue.max_size,
-            timeout_us=model.queue.timeout_ms * 1000,
-            max_delay_us=model.queue.max_delay_us,
-            priority_levels=model.queue.priority_levels,
-            default_priority=model.queue.default_priority,
-        ),
+        # What waits, and for how long, is the model's own business: see runtime.batching.
+        batching=BatchingSpec(max_delay_us=model.queue.max_delay_us),
         kind="KIND_CPU" if manifest["target"] == "onnxruntime" else "KIND_GPU",
         instances=model.instances,
         cache=model.cache,
@@ -38,9 +33,20 @@ def encoder_spec(model: Model, triton_name: str, manifest: Mapping[str, Any], ru
             "task": model.task,
             "precision": manifest["precision"],
             "target": manifest["target"],
+            **queue_parameters(model.queue),
             "runtime": runtime,
         },
     )
+
+
+def queue_parameters(queue: Queue) -> dict[str, str]:
+    """The queue's limits as the served model reads them (runtime.admission.Limits.read)."""
+    return {
+        "max_queue": str(queue.max_size),
+        "deadline_ms": str(queue.deadline_ms),
+        "priority_levels": str(queue.priority_levels),
+        "default_priority": str(queue.default_priority),
+    }
 
 
 def warmup_bytes() -> bytes:

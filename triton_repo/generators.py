@@ -8,6 +8,7 @@ from typing import Any
 
 from build_engines.stack import Model
 from triton_repo.config_pbtxt import ConfigSpec, TensorSpec, WarmupSpec
+from triton_repo.encoders import queue_parameters
 
 # All optional for Triton: which go together is for the model to say, with a better message.
 INPUTS: tuple[TensorSpec, ...] = (
@@ -68,8 +69,7 @@ def generator_spec(model: Model, triton_name: str, manifest: Mapping[str, Any], 
             "slots": str(serving["slots"]),
             "capacity": str(serving["capacity"]),
             "chunk": str(serving["chunk"]),
-            "max_queue": str(model.queue.max_size),
-            "queue_timeout_ms": str(model.queue.timeout_ms),
+            **queue_parameters(model.queue),
             "runtime": runtime,
         },
     )

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from build_engines.errors import RepositoryError
-from build_engines.stack import Model
+from build_engines.stack import Model, Queue
 from triton_repo.config_pbtxt import BatchingSpec, ConfigSpec, EngineSpec, StepSpec, TensorSpec, WarmupSpec
 from triton_repo.encoders import WARMUP_FILE, encoder_spec
 from triton_repo.runtime.encode import ANSWER_OUTPUT
@@ -47,7 +47,8 @@ def check_native(model: Model, target: str) -> None:
             next_step='name "tensorrt" in targets, build on the GPU and add --target tensorrt, or leave out '
             "--native",
         )
-    if model.queue.priority_levels:
+    asked, default = model.queue, Queue()
+    if (asked.priority_levels, asked.default_priority) != (default.priority_levels, default.default_priority):
         raise RepositoryError(
             f"models.{model.name}: the native layout has no priorities",
             cause="Triton drops a request's priority at an ensemble",
@@ -61,7 +62,7 @@ def native_parts(model: Model, name: str, manifest: Mapping[str, Any], runtime: 
     parts = [
         Part(_ensemble(whole, manifest), None, ()),
         Part(_tokenizer(whole, manifest), "tokenize.py", ("manifest.json", "tokenizer.json"), warmup=True),
-        Part(_engine(whole, manifest), None, ("manifest.json", manifest["engine"]["file"])),
+        Part(_engine(whole, manifest, model.queue), None, ("manifest.json", manifest["engine"]["file"])),
     ]
     if manifest["task"] != "embed":
         parts.append(Part(_answer(whole, manifest), "answer.py", ("manifest.json",)))
@@ -109,7 +110,7 @@ def _tokenizer(whole: ConfigSpec, manifest: Mapping[str, Any]) -> ConfigSpec:
     )
 
 
-def _engine(whole: ConfigSpec, manifest: Mapping[str, Any]) -> ConfigSpec:
+def _engine(whole: ConfigSpec, manifest: Mapping[str, Any], queue: Queue) -> ConfigSpec:
     serving = manifest["serving"]
     largest = serving["max_length"]
     batches = [batch for batch in GRAPH_BATCHES if batch <= whole.max_batch]
@@ -120,6 +121,7 @@ def _engine(whole: ConfigSpec, manifest: Mapping[str, Any]) -> ConfigSpec:
         name=f"{whole.name}_engine",
         inputs=inputs,
         outputs=_engine_outputs(manifest),
+        batching=_engine_batching(queue),
         cache=False,
         # The largest run there is: what the card has no room for fails now, not under load.
         warmup=(
@@ -131,6 +133,15 @@ def _engine(whole: ConfigSpec, manifest: Mapping[str, Any]) -> ConfigSpec:
         ),
         parameters={"model": whole.name},
         engine=EngineSpec(manifest["engine"]["file"], profile="0", graphs=graphs),
+    )
+
+
+def _engine_batching(queue: Queue) -> BatchingSpec:
+    """Triton keeps this queue: bounds only where they were asked for, for what they cost there."""
+    if replace(queue, max_delay_us=0) == Queue():
+        return BatchingSpec(max_delay_us=queue.max_delay_us)
+    return BatchingSpec(
+        max_queue_size=queue.max_size, timeout_us=queue.deadline_ms * 1000, max_delay_us=queue.max_delay_us
     )
 
 

@@ -60,7 +60,7 @@ precisions = ["fp32"]
 max_length = 64
 [models.narrow.queue]
 max_size = 1
-timeout_ms = 2000
+deadline_ms = 2000
 priority_levels = 2
 default_priority = 2
 """
@@ -94,7 +94,7 @@ evaluation = "talks.jsonl"
 calibration = {{ data = "talks.jsonl" }}
 [models.tight.queue]
 max_size = 1
-timeout_ms = 300
+deadline_ms = 300
 
 [models.vector]
 task = "embed"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import re
 import time
 import urllib.error
 import urllib.request
@@ -189,31 +190,32 @@ def post(address: str, path: str, body: Any) -> tuple[int, str]:
 
 
 def metrics(address: str, model: str) -> dict[str, float]:
-    """onecard_llm_* of a model, without that prefix; with the outcome behind the name where there is one."""
+    """onecard_* of a model but its histograms, without that prefix or onecard_llm_; with the outcome or the
+    reason behind the name where there is one."""
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
         lines = answer.read().decode().splitlines()
     found = {}
     for line in lines:
-        if line.startswith("onecard_llm_") and f'model="{model}"' in line:
+        if line.startswith("onecard_") and f'model="{model}"' in line and "_seconds_" not in line:
             labels, _, value = line.rpartition(" ")
-            name, _, rest = labels.removeprefix("onecard_llm_").partition("{")
-            outcome = rest.partition('outcome="')[2].partition('"')[0]
-            found[f"{name} {outcome}".strip()] = float(value)
+            name, _, rest = labels.removeprefix("onecard_").removeprefix("llm_").partition("{")
+            own = re.search(r'(?:outcome|reason)="([^"]*)"', rest)
+            found[f"{name} {own[1] if own else ''}".strip()] = float(value)
     return found
 
 
 def quiet(address: str, model: str) -> dict[str, float]:
-    """The metrics once nothing runs; they are up to half a second old."""
+    """The metrics once nothing runs; they are up to a second old."""
     deadline, since = time.monotonic() + 20, time.monotonic()
     found = metrics(address, model)
-    while time.monotonic() - since < 0.8:
+    while time.monotonic() - since < 1.3:
         assert time.monotonic() < deadline, f"still busy: {found}"
         time.sleep(0.1)
         last, found = found, metrics(address, model)
         # The rate is an average over some seconds, which go by without a request too.
-        if any(last[name] != found[name] for name in found if name != "tokens_per_second"):
+        if any(last[name] != found[name] for name in found.keys() - {"tokens_per_second", "resident_bytes"}):
             since = time.monotonic()
-        if found["slots_active"] or found["queue"]:
+        if found["slots_active"] or found["queue_requests"]:
             since = time.monotonic()
     return found
 

@@ -206,7 +206,7 @@ def test_a_full_queue_rejects_at_once_and_serves_the_rest(grpc: Any, local: dict
     rejected = [outcome for outcome in outcomes if outcome]
     assert rejected
     assert len(rejected) < len(outcomes)
-    assert all("Exceeds maximum queue size" in outcome for outcome in rejected)
+    assert all("UNAVAILABLE] the queue is full: 1 requests are waiting" in outcome for outcome in rejected)
 
 
 def test_a_lone_client_is_never_left_waiting(grpc: Any) -> None:
@@ -223,7 +223,7 @@ def test_a_lone_client_is_never_left_waiting(grpc: Any) -> None:
 
 
 def test_a_request_may_ask_for_priority_and_a_shorter_timeout(grpc: Any) -> None:
-    answer = ask(grpc, "narrow", ["good"], priority=1, timeout=1_000_000)
+    answer = ask(grpc, "narrow", ["good"], parameters={"onecard_priority": 1}, timeout=1_000_000)
     assert answer.as_numpy("embedding").shape == (1, 32)
 
 

@@ -169,7 +169,7 @@ def test_metrics_tell_slots_cache_and_tokens(talking: Served, talk: Talk) -> Non
     talk.whole(text="count", max_tokens=30, ignore_eos=True)
     after = quiet(talking.server.urls["metrics"], "talk")
     assert after["generated_tokens_total"] == before["generated_tokens_total"] + 30
-    assert after["slots_active"] == after["queue"] == 0
+    assert after["slots_active"] == after["queue_requests"] == 0
     assert after["requests_total completed"] == before["requests_total completed"] + 1
     assert after["cache_tokens"] > 30
     assert metrics(talking.server.urls["metrics"], "vector") == {}

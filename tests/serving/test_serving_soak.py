@@ -65,7 +65,7 @@ def test_short_requests_and_cancelled_ones_leave_nothing_behind(talking: Served)
     assert cancelled + completed == REQUESTS
     assert CANCELLED / 2 < cancelled <= CANCELLED
     assert not any(done.values()), done
-    assert (after["slots_active"], after["queue"]) == (0, 0)
+    assert (after["slots_active"], after["queue_requests"]) == (0, 0)
     grown = sum(resident(talking).values()) - sum(memory.values())
     print(f"{REQUESTS} requests, {cancelled:.0f} cancelled, {seconds:.0f} s; resident {grown:+,} kB")
     assert grown < MOST_GROWN_KB

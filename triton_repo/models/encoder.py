@@ -1,12 +1,13 @@
 """Triton Python-backend model for the encoder tasks: text in, answer out.
 
 Copied verbatim as <model>/1/model.py beside the engine, its tokenizer and its own copy of
-`triton_repo.runtime`. Everything but Triton's own tensors is in `triton_repo.runtime.service`.
+`triton_repo.runtime`. What one batch cannot answer is taken in at once and answered later, from a thread.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -31,55 +32,74 @@ class TritonPythonModel:
 
         if reason := mismatch(parameters["runtime"]):
             raise pb_utils.TritonModelException(f"engine refused: {reason}")
-        from triton_repo.runtime.counters import Counters
         from triton_repo.runtime.encode import Encoder
         from triton_repo.runtime.service import EncoderService
         from triton_repo.runtime.session import EngineRefused
-        from triton_repo.runtime.texts import BadRequest
         from triton_repo.runtime.tokenization import TokenizerRefused
 
-        self._bad_request = BadRequest
         # An engine that computes on these cores loses more to tokenizer threads than they gain; one on a GPU
         # leaves them idle. The library reads this at every call.
         os.environ["TOKENIZERS_PARALLELISM"] = str(parameters["target"] != "onnxruntime").lower()
+        instances = sum(group["count"] for group in config["instance_group"])
         try:
             device = int(args["model_instance_device_id"])  # of an engine on a GPU
-            self._service = EncoderService(Encoder.open(folder, _threads(config), device))
+            self._service = EncoderService(Encoder.open(folder, _threads(instances), device))
         except (EngineRefused, TokenizerRefused) as error:
             raise pb_utils.TritonModelException(f"engine refused: {error}") from None
-        self._inputs = self._service.inputs
-        self._metrics = Counters(pb_utils, args["model_name"])
+        self._open(args, parameters, instances)
 
-    def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """One response per request, in order."""
-        pb_utils = self._pb
-        arrays = [
-            {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self._inputs}
-            for request in requests
-        ]
-        responses = []
-        for answer in self._service.answer(arrays):
-            if isinstance(answer, dict):
-                tensors = [pb_utils.Tensor(name, value) for name, value in answer.items()]
-                responses.append(pb_utils.InferenceResponse(output_tensors=tensors))
-                continue
-            code = (
-                pb_utils.TritonError.INVALID_ARG
-                if isinstance(answer, self._bad_request)
-                else pb_utils.TritonError.INTERNAL
-            )
-            responses.append(pb_utils.InferenceResponse(error=pb_utils.TritonError(str(answer), code)))
-        self._metrics.report(self._service.counts)
-        return responses
+    def _open(self, args: dict[str, str], parameters: dict[str, str], instances: int) -> None:
+        """The queue, and the metrics of it and of the engine."""
+        from triton_repo.runtime.admission import Limits, read_level
+        from triton_repo.runtime.batching import Batcher, Ticket
+        from triton_repo.runtime.exchange import Exchange, to_response
+        from triton_repo.runtime.metrics import Publisher, Reporter, labels
+
+        self._exchange, self._to_response = Exchange, to_response
+        self._ticket, self._read_level = Ticket, read_level
+        self._batcher = Batcher(self._service, Limits.read(parameters))
+        self._batcher.start()
+        self._reporter = Reporter(Publisher(self._pb, labels(args, instances)), self._batcher.snapshot)
+
+    def execute(self, requests: Sequence[Any]) -> list[Any] | None:
+        """One response per request, in order; or None, and they come later from another thread."""
+        asked = [self._read(request) for request in requests]
+        tickets = [ticket for ticket in asked if not isinstance(ticket, Exception)]
+        if (answers := self._batcher.answer_now(tickets)) is not None:
+            of = dict(zip(map(id, tickets), answers, strict=True))
+            return [self._to_response(self._pb, of.get(id(found), found)) for found in asked]
+        waiting = []
+        for request, found in zip(requests, asked, strict=True):
+            exchange = self._exchange(self._pb, request.get_response_sender())
+            if isinstance(found, Exception):
+                exchange.send(found)
+            else:
+                waiting.append((found, exchange))
+        self._batcher.submit(waiting)
+        return None
+
+    def _read(self, request: Any) -> Any:
+        """A ticket, or what to answer with: a fault of ours must not leave a client waiting either."""
+        try:
+            inputs = {
+                name: self._pb.get_input_tensor_by_name(request, name).as_numpy()
+                for name in self._service.inputs
+            }
+            # Triton's timeout is in microseconds, 0 for none.
+            timeout_s = request.timeout() / 1e6 or math.inf
+            return self._ticket(inputs, self._read_level(request.parameters()), timeout_s)
+        except Exception as error:
+            self._batcher.refuse(error)
+            return error
 
     def finalize(self) -> None:
-        """Free the engine before the interpreter goes."""
-        self._metrics.report(self._service.counts, now=True)
+        """Send away what still waits, and free the engine before the interpreter goes."""
+        self._batcher.close()
+        self._reporter.close()
         self._service.encoder.close()
         del self._service
 
 
-def _threads(config: dict[str, Any]) -> int | None:
+def _threads(instances: int) -> int | None:
     """Compute threads per instance: several instances share the cores; one takes them all (None)."""
-    instances = sum(group["count"] for group in config["instance_group"])
     return None if instances == 1 else max(1, len(os.sched_getaffinity(0)) // instances)

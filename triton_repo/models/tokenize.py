@@ -31,7 +31,7 @@ class TritonPythonModel:
 
         if reason := mismatch(parameters["runtime"]):
             raise pb_utils.TritonModelException(f"step refused: {reason}")
-        from triton_repo.runtime.counters import Counters
+        from triton_repo.runtime.metrics import Publisher, Reporter
         from triton_repo.runtime.session import EngineRefused
         from triton_repo.runtime.steps import TokenizeStep
         from triton_repo.runtime.texts import BadRequest
@@ -44,7 +44,9 @@ class TritonPythonModel:
             self._step = TokenizeStep.open(folder)
         except (EngineRefused, TokenizerRefused) as error:
             raise pb_utils.TritonModelException(f"step refused: {error}") from None
-        self._counters = Counters(pb_utils, parameters["model"])
+        # The ensemble's name: what its requests cost is counted here.
+        labels = {"model": parameters["model"], "version": args["model_version"]}
+        self._reporter = Reporter(Publisher(pb_utils, labels), self._step.snapshot)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One response per request, in order."""
@@ -61,9 +63,8 @@ class TritonPythonModel:
                 continue
             tensors = [pb_utils.Tensor(name, value) for name, value in answer.items()]
             responses.append(pb_utils.InferenceResponse(output_tensors=tensors))
-        self._counters.report(self._step.counts)
         return responses
 
     def finalize(self) -> None:
         """Send what was counted last."""
-        self._counters.report(self._step.counts, now=True)
+        self._reporter.close()

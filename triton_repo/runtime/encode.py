@@ -31,7 +31,8 @@ class RunsEngine(Protocol):
 
 
 class Encoder:
-    """An engine with its tokenizer. Counts real and padded tokens in `tokens` and `padding`."""
+    """An engine with its tokenizer. Counts runs, their rows, and real and padded tokens in `runs`, `rows`,
+    `tokens` and `padding`."""
 
     def __init__(
         self, engine: RunsEngine, tokenizer: TextTokenizer, *, overhead: float | None = None
@@ -44,8 +45,7 @@ class Encoder:
         self._inputs = frozenset(serving["inputs"])
         self._pad_id: int = serving["pad_id"]
         self._output = ANSWER_OUTPUT[self.task]
-        self.tokens = 0
-        self.padding = 0
+        self.runs = self.rows = self.tokens = self.padding = 0
         self._max_tokens = engine.max_tokens or self.max_batch * tokenizer.max_length
         self.overhead = self._measured() if overhead is None else overhead
 
@@ -83,6 +83,8 @@ class Encoder:
             for index, value in zip(group, values, strict=True):
                 answer[index] = value
             real = sum(lengths[index] for index in group)
+            self.runs += 1
+            self.rows += len(group)
             self.tokens += real
             self.padding += len(group) * width - real
         return answer

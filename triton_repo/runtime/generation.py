@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol
 
+from triton_repo.runtime.admission import Busy, Limits
 from triton_repo.runtime.chat import ChatTemplate, checked_unicode, read_messages
 from triton_repo.runtime.delivery import Delta
 from triton_repo.runtime.detokenize import detokenizer_factory
 from triton_repo.runtime.jobs import Handle, Request
+from triton_repo.runtime.metrics import resident_bytes
 from triton_repo.runtime.sampling import SamplingParams
 from triton_repo.runtime.scheduler import Scheduler
 from triton_repo.runtime.session import read_manifest
@@ -39,13 +42,15 @@ class Answer:
 class Schedules(Protocol):
     """Runs requests on an engine; every method but `start` may be called from any thread."""
 
-    def __init__(self, engine: Any, *, max_queue: int, queue_timeout_s: float) -> None: ...
+    def __init__(self, engine: Any, *, limits: Limits | None) -> None: ...
 
     def start(self) -> None: ...
 
+    def check(self, level: int, timeout_s: float) -> None: ...
+
     def submit(self, request: Request) -> Handle: ...
 
-    def refuse(self) -> None: ...
+    def refuse(self, error: Exception) -> None: ...
 
     def snapshot(self) -> dict[str, Any]: ...
 
@@ -56,7 +61,8 @@ class GenerationService:
     """Generates for one model. Every method may be called from any thread."""
 
     def __init__(self, engine: Any, tokenizer: Any, scheduler: Schedules) -> None:
-        serving = engine.manifest["serving"]
+        self._manifest: Mapping[str, Any] = engine.manifest
+        serving = self._manifest["serving"]
         chat = dict(serving.get("chat") or {})
         source = chat.pop("template", None)
         tokens = {name: token for name, token in chat.items() if isinstance(token, str)}
@@ -75,10 +81,10 @@ class GenerationService:
         *,
         threads: int | None = None,
         device: int = 0,
-        max_queue: int = 256,
-        queue_timeout_s: float = 60.0,
+        limits: Limits | None = None,
     ) -> GenerationService:
-        """Open an engine folder (digests checked) and start its scheduler. `device`: which GPU, if any.
+        """Open an engine folder (digests checked) and start its scheduler. `device`: which GPU, if any;
+        `limits`: what may wait.
 
         Raises EngineRefused, TokenizerRefused or TemplateRefused.
         """
@@ -102,32 +108,41 @@ class GenerationService:
         # The file may carry the padding and truncation of its training run.
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        scheduler = opened(engine, max_queue=max_queue, queue_timeout_s=queue_timeout_s)
+        scheduler = opened(engine, limits=limits)
         service = cls(engine, tokenizer, scheduler)
         scheduler.start()
         return service
 
-    def submit(self, request: Mapping[str, Any], on_delta: Callable[[Delta], object]) -> Handle:
+    def submit(
+        self,
+        request: Mapping[str, Any],
+        on_delta: Callable[[Delta], object],
+        *,
+        level: int = 0,
+        timeout_s: float = math.inf,
+    ) -> Handle:
         """Start generating for a request of the fields in FIELDS, exactly one of text and messages among
-        them.
+        them; `level` and `timeout_s` as in `jobs.Request`.
 
         `on_delta` gets every delta in order, on another thread; the last one has `usage`. It may be slow
         without holding up anybody else; if it raises, the request is cancelled. A field that is None is not
         given.
 
-        Raises BadRequest for a request that cannot be answered, naming the field; Busy when the queue is
-        full.
+        Raises BadRequest for a request that cannot be answered, naming the field; Busy for one that is sent
+        away.
         """
         try:
-            read = self._read(request, on_delta)
-        except BadRequest:
-            self.refuse()
+            # Before its prompt is tokenized: a crowd must not keep the processor busy with being sent away.
+            self._scheduler.check(level, timeout_s)
+            read = replace(self._read(request, on_delta), level=level, timeout_s=timeout_s)
+        except (BadRequest, Busy) as error:
+            self.refuse(error)
             raise
         return self._scheduler.submit(read)
 
-    def refuse(self) -> None:
+    def refuse(self, error: Exception) -> None:
         """Count a request that was refused before it became one of fields."""
-        self._scheduler.refuse()
+        self._scheduler.refuse(error)
 
     def generate(self, request: Mapping[str, Any]) -> list[Answer]:
         """The finished samples of a request, in order. Raises what `submit` raises, and EngineFailed."""
@@ -157,8 +172,10 @@ class GenerationService:
         return ids[1:] if self._bos is not None and ids[:2] == [self._bos, self._bos] else ids
 
     def snapshot(self) -> dict[str, Any]:
-        """See Scheduler.snapshot."""
-        return self._scheduler.snapshot()
+        """See Scheduler.snapshot; and the memory of this process."""
+        planned = sum(self._manifest.get("memory", {}).values())
+        own = {"resident_bytes": resident_bytes()} | ({"planned_bytes": planned} if planned else {})
+        return self._scheduler.snapshot() | own
 
     def close(self) -> None:
         """End everything that runs or waits as "cancelled"."""

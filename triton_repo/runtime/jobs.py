@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,16 +11,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from triton_repo.runtime.delivery import Delta, Outbox
+from triton_repo.runtime.metrics import Histogram, Tally
 from triton_repo.runtime.sampling import FloatArray, Sampler, SamplingParams
 from triton_repo.runtime.slots import TokenArray
 from triton_repo.runtime.texts import BadRequest
 
 # The rate of tokens is that of so many whole seconds past.
 _RATE_SECONDS = 5
-
-
-class Busy(Exception):
-    """The request was not started: the queue is full, it waited too long, or the model is being unloaded."""
 
 
 class TextOut(Protocol):
@@ -50,7 +48,8 @@ class Request:
 
     on_delta is called with every Delta, in order, on a thread that is not the scheduler's; if it raises,
     the request is cancelled. stop_ids are the tokens that end a sample, the model's own and the request's;
-    open_text makes the text stream of each sample.
+    open_text makes the text stream of each sample. level is its priority, 0 the default one; timeout_s its
+    own limit on the wait for a slot.
     """
 
     prompt: Sequence[int]
@@ -58,6 +57,8 @@ class Request:
     on_delta: Callable[[Delta], object]
     stop_ids: frozenset[int] = frozenset()
     open_text: Callable[[], TextOut] = NoText
+    level: int = 0
+    timeout_s: float = math.inf
 
 
 @dataclass(slots=True, eq=False)
@@ -139,31 +140,45 @@ class Counts:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self.prompt = self.cached = self.generated = 0
-        self.outcomes = dict.fromkeys(("completed", "cancelled", "failed", "refused", "expired"), 0)
+        self.tally = Tally()
+        self._first_token = Histogram()
+        self._prompt = self._cached = self._generated = 0
         self._rate: deque[tuple[int, int]] = deque(maxlen=_RATE_SECONDS + 1)
 
-    def start(self, job: Job) -> None:
-        """The prompt of `job` is being read, less what was found in the cache."""
-        self.prompt += len(job.prompt)
-        self.cached += job.cached
+    def start(self, job: Job, now: float) -> None:
+        """`job` has its slots; its prompt is being read, less what was found in the cache."""
+        self.tally.queue.observe(now - job.submitted)
+        self._prompt += len(job.prompt)
+        self._cached += job.cached
+
+    def answer(self, job: Job, now: float) -> None:
+        """`job` got its first token."""
+        self._first_token.observe(now - job.submitted)
 
     def generate(self, tokens: int) -> None:
-        self.generated += tokens
+        self._generated += tokens
         second = int(self._clock())
         if self._rate and self._rate[-1][0] == second:
             tokens += self._rate.pop()[1]
         self._rate.append((second, tokens))
 
+    def end(self, job: Job, reason: str, error: Exception | None = None) -> None:
+        """`job` ended as "cancelled", or as completed or with `error`."""
+        if reason == "cancelled":
+            self.tally.cancel()
+        else:
+            self.tally.end(error, self._clock() - job.submitted)
+
     def snapshot(self) -> dict[str, Any]:
         now = int(self._clock())
         recent = sum(count for second, count in tuple(self._rate) if now - _RATE_SECONDS <= second < now)
         return {
-            "tokens_per_second": recent / _RATE_SECONDS,
-            "prompt_tokens_total": self.prompt,
-            "cached_tokens_total": self.cached,
-            "generated_tokens_total": self.generated,
-            "requests_total": dict(self.outcomes),
+            "llm_tokens_per_second": recent / _RATE_SECONDS,
+            "llm_prompt_tokens_total": self._prompt,
+            "llm_cached_tokens_total": self._cached,
+            "llm_generated_tokens_total": self._generated,
+            **self._first_token.snapshot("first_token_seconds"),
+            **self.tally.snapshot(),
         }
 
 

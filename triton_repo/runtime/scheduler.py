@@ -4,8 +4,8 @@ One thread runs `step` for ever: drop what was cancelled or waited too long, pre
 whose turn it is, decode one token of every running sequence, hand out what came of it. So a running stream
 waits for at most one chunk between two of its tokens, and a cancelled one frees its slots within one step.
 
-Requests start in the order they came. One is prefilled at a time: it takes its slots when its turn comes, so
-that it finds whatever its predecessors have left in the cache.
+Requests start by priority, then in the order they came. One is prefilled at a time: it takes its slots when
+its turn comes, so that it finds whatever its predecessors have left in the cache.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from triton_repo.runtime.admission import AdmissionQueue, Busy, Limits, displaced, expired, unloading
 from triton_repo.runtime.delivery import Delivers, Delivery, Delta, Outbox
-from triton_repo.runtime.jobs import Busy, Counts, Handle, Job, Request, Sample, checked_prompt
+from triton_repo.runtime.jobs import Counts, Handle, Job, Request, Sample, checked_prompt
 from triton_repo.runtime.sampling import FloatArray, Sampler
 from triton_repo.runtime.slots import SlotTable
 from triton_repo.runtime.texts import BadRequest, EngineFailed
@@ -44,29 +45,26 @@ class DecodesTokens(Protocol):
 class Scheduler:
     """Owns an engine; `submit`, a handle's methods and `snapshot` may be called from any thread.
 
-    max_queue is how many requests may wait beyond those that the free slots take at once, queue_timeout_s
-    how long one may wait for its turn, clock gives monotonic seconds. Without `start`, nothing happens but
-    in `step`.
+    limits say what may wait, beyond the requests that the free slots take at once; clock gives monotonic
+    seconds. Without `start`, nothing happens but in `step`.
     """
 
     def __init__(
         self,
         engine: DecodesTokens,
         *,
-        max_queue: int = 256,
-        queue_timeout_s: float = 60.0,
+        limits: Limits | None = None,
         clock: Callable[[], float] = time.monotonic,
         delivery: Delivers | None = None,
     ) -> None:
         self._engine = engine
         self._table = SlotTable(engine.slots, engine.capacity)
-        self._max_queue = max_queue
-        self._queue_timeout = queue_timeout_s
         self._clock = clock
         self._delivery = delivery or Delivery()
         self._changed = threading.Condition()
-        self._queue: deque[Job] = deque()
+        self._queue: AdmissionQueue[Job] = AdmissionQueue(limits or Limits(), clock)
         self._cancelled: deque[Job] = deque()
+        self._displaced: deque[Job] = deque()  # gave up their place in the queue to more urgent ones
         self._prefilling: Job | None = None
         self._running: list[Sample] = []
         self._closing = False
@@ -78,38 +76,43 @@ class Scheduler:
     def submit(self, request: Request) -> Handle:
         """Put a request in the queue; returns at once.
 
-        Raises BadRequest for what can never run here (naming the field), Busy when the queue is full.
+        Raises BadRequest for what can never run here (naming the field), Busy for what is sent away.
         """
         try:
             prompt = checked_prompt(request, self._engine)
-        except BadRequest:
-            self.refuse()
+            job = Job(request, prompt, self._clock(), Outbox(request.on_delta, lambda: self._cancel(job)))
+            with self._changed:
+                if self._closing:
+                    raise unloading()
+                gave_up = self._queue.offer(
+                    job, level=request.level, timeout_s=request.timeout_s, room=self._table.free
+                )
+                if gave_up is not None:
+                    self._displaced.append(gave_up)
+                self._changed.notify()
+        except (BadRequest, Busy) as error:
+            self.refuse(error)
             raise
-        job = Job(request, prompt, self._clock(), Outbox(request.on_delta, lambda: self._cancel(job)))
-        with self._changed:
-            if self._closing:
-                raise Busy("the model is being unloaded")
-            waiting = len(self._queue)
-            if waiting >= self._max_queue + self._table.free:
-                self._counts.outcomes["refused"] += 1
-                raise Busy(f"the queue is full: {waiting} requests are waiting for a slot; try again later")
-            self._queue.append(job)
-            self._changed.notify()
         return Handle(job, self._cancel)
 
-    def refuse(self) -> None:
-        """Count a bad request that did not come as far as `submit`."""
+    def check(self, level: int, timeout_s: float) -> None:
+        """Raises Busy if a request would be sent away, before anything of it is read."""
         with self._changed:
-            self._counts.outcomes["refused"] += 1
+            self._queue.check(level=level, timeout_s=timeout_s, room=self._table.free)
+
+    def refuse(self, error: Exception) -> None:
+        """Count a request that did not become a job."""
+        with self._changed:
+            self._counts.tally.end(error)
 
     def snapshot(self) -> dict[str, Any]:
-        """Gauges and running totals; `requests_total` by outcome."""
+        """What happened so far and what is running now, as metrics."""
         return {
-            "slots": self._table.slots,
-            "slots_active": self._table.slots - self._table.free,
-            "queue": len(self._queue),
-            "cache_tokens": self._table.cached,
-            "cache_capacity_tokens": self._table.slots * self._table.capacity,
+            "queue_requests": len(self._queue),
+            "llm_slots": self._table.slots,
+            "llm_slots_active": self._table.slots - self._table.free,
+            "llm_cache_tokens": self._table.cached,
+            "llm_cache_capacity_tokens": self._table.slots * self._table.capacity,
             **self._counts.snapshot(),
         }
 
@@ -140,7 +143,7 @@ class Scheduler:
     def _loop(self) -> None:
         while True:
             with self._changed:
-                while not (self._closing or self._queue or self._cancelled or self._busy):
+                while not (self._closing or self._queue or self._cancelled or self._busy or self._displaced):
                     self._changed.wait()
                 if self._closing:
                     break
@@ -160,19 +163,21 @@ class Scheduler:
             job = self._cancelled.popleft()
             if job.state != "done":
                 self._end(job, "cancelled")
-        self._drop_expired()
+        self._send_away()
         self._prefill()
         self._decode()
         return self._busy or bool(self._queue)
 
-    def _drop_expired(self) -> None:
-        # All may wait equally long, so the first in the queue expires first.
-        while self._queue:
-            job = self._queue[0]
-            if self._clock() - job.submitted <= self._queue_timeout:
-                return
-            late = Busy(f"no slot became free within {self._queue_timeout:g} s; try again later")
-            self._end(job, "error", late)
+    def _send_away(self) -> None:
+        """Tell those that gave up their place, and those whose time ran out."""
+        while self._displaced:
+            job = self._displaced.popleft()
+            if job.state != "done":
+                self._end(job, "error", displaced())
+        with self._changed:
+            late = self._queue.expired()
+        for job in late:
+            self._end(job, "error", expired(self._queue.limits))
 
     def _prefill(self) -> None:
         """At most one chunk; the last one of a prompt gives all its samples their first token."""
@@ -192,6 +197,7 @@ class Scheduler:
             return
         self._prefilling = None
         job.state, job.answered = "running", self._clock()
+        self._counts.answer(job, job.answered)
         samples = job.samples
         self._running += samples
         # Before the next step, so that the first token does not wait for the others' next ones.
@@ -200,9 +206,10 @@ class Scheduler:
     def _admit(self) -> Job | None:
         """The next request in the queue, if there are slots for all its samples."""
         with self._changed:
-            if not self._queue or self._queue[0].request.params.n > self._table.free:
-                return None
-            job = self._prefilling = self._queue.popleft()
+            found = self._queue.take(lambda job: job.request.params.n <= self._table.free, most=1)
+        if not found:
+            return None
+        job = self._prefilling = found[0]
         job.state, job.started = "prefill", self._clock()
         request, length = job.request, len(job.prompt)
         limit = min(request.params.max_tokens, self._engine.capacity - length + 1)
@@ -217,7 +224,7 @@ class Scheduler:
         if source:
             self._copy(source[0], first, source[1])
         job.cached = self._table.length(first)
-        self._counts.start(job)
+        self._counts.start(job, job.started)
         return job
 
     def _prefill_chunk(self, job: Job) -> FloatArray | None:
@@ -291,14 +298,14 @@ class Scheduler:
         if job.open:
             return delta
         job.state = "done"
-        self._counts.outcomes["completed"] += 1
+        self._counts.end(job, "completed")
         return replace(delta, usage=job.usage(self._clock()))
 
     def _end(self, job: Job, reason: str, error: Exception | None = None, *, forget: bool = False) -> None:
         """End a whole request early, wherever it is; `forget` what its slots hold if an engine call broke."""
         if job.state == "queued":
             with self._changed:
-                self._queue.remove(job)
+                self._queue.discard(job)
         if job is self._prefilling:
             self._prefilling = None
         self._running = [sample for sample in self._running if sample.job is not job]
@@ -312,13 +319,15 @@ class Scheduler:
                 self._table.release(sample.slot)
         job.open.clear()
         deltas[-1] = replace(deltas[-1], usage=job.usage(self._clock()))
-        outcome = "cancelled" if reason == "cancelled" else "expired" if isinstance(error, Busy) else "failed"
-        self._counts.outcomes[outcome] += 1
+        self._counts.end(job, reason, error)
         self._delivery.post([(job.outbox, delta) for delta in deltas])
 
     def _end_all(self, reason: str) -> None:
-        for job in [*self._started(), *self._queue]:
-            self._end(job, reason)
+        with self._changed:
+            waiting = self._queue.drain()
+        for job in [*self._started(), *self._displaced, *waiting]:
+            if job.state != "done":
+                self._end(job, reason)
 
     def _start_over(self, error: EngineFailed) -> None:
         """After a fault of ours: what was started is lost, what waits will be served."""

@@ -10,8 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from triton_repo.runtime.encode import Encoder
+from triton_repo.runtime.metrics import resident_bytes
 from triton_repo.runtime.texts import BadRequest, EngineFailed, read_pairs, read_texts
 from triton_repo.runtime.tokenization import Row, TextTokenizer
+
+# Of Korean and of English alike, a token has fewer; in UTF-8 bytes.
+_CHARACTERS_PER_TOKEN = 8
 
 Arrays = dict[str, npt.NDArray[Any]]
 Answer = Arrays | BadRequest | EngineFailed
@@ -113,6 +117,8 @@ class EncoderService:
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
+        self.max_rows = encoder.max_batch
+        self.most_characters = encoder.tokenizer.max_length * _CHARACTERS_PER_TOKEN
         serving = encoder.engine.manifest["serving"]
         self._reader = Reader(encoder.task, encoder.tokenizer, refuse=serving["overflow"] == "refuse")
         self._labels = label_bytes(serving.get("labels"))
@@ -130,11 +136,18 @@ class EncoderService:
     def truncated(self) -> int:
         return self._reader.truncated
 
-    @property
-    def counts(self) -> dict[str, int]:
-        """Tokens and padding computed and texts truncated since the start."""
+    def snapshot(self) -> dict[str, float]:
+        """What was computed since the start, and the memory of this process, as metrics."""
         encoder = self.encoder
-        return {"tokens": encoder.tokens, "padding": encoder.padding, "truncated": self.truncated}
+        planned = sum(encoder.engine.manifest.get("memory", {}).values())
+        return {
+            "rows_total": encoder.rows,
+            "runs_total": encoder.runs,
+            "tokens_total": encoder.tokens,
+            "padding_total": encoder.padding,
+            "truncated_total": self.truncated,
+            "resident_bytes": resident_bytes(),
+        } | ({"planned_bytes": planned} if planned else {})
 
     def answer(self, requests: Sequence[Mapping[str, npt.NDArray[Any]]]) -> list[Answer]:
         """One answer per request, in order; a bad request or a broken run is returned, not raised."""

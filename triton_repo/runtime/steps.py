@@ -90,9 +90,13 @@ class TokenizeStep:
     def inputs(self) -> tuple[str, ...]:
         return self.reader.inputs
 
-    @property
-    def counts(self) -> dict[str, int]:
-        return {"tokens": self.tokens, "padding": self.padding, "truncated": self.reader.truncated}
+    def snapshot(self) -> dict[str, float]:
+        """What was tokenized since the start, as metrics."""
+        return {
+            "tokens_total": self.tokens,
+            "padding_total": self.padding,
+            "truncated_total": self.reader.truncated,
+        }
 
     def answer(self, requests: Sequence[Mapping[str, Any]]) -> list[Arrays | BadRequest]:
         """One answer per request, in order; a bad request is returned, not raised."""

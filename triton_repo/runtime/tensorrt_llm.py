@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import secrets
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from triton_repo.runtime.admission import AdmissionQueue, Busy, Limits, displaced, expired, unloading
 from triton_repo.runtime.delivery import Delivers, Delivery, Delta, Outbox, merged
-from triton_repo.runtime.jobs import Busy, Counts, Handle, Job, Request, Written, checked_prompt
+from triton_repo.runtime.jobs import Counts, Handle, Job, Request, Written, checked_prompt
 from triton_repo.runtime.sampling import SamplingParams
 from triton_repo.runtime.session import EngineRefused, check_files, read_manifest
+from triton_repo.runtime.slots import TokenArray
 from triton_repo.runtime.texts import BadRequest, EngineFailed
 
 # The library takes the smaller of this share of what is free and max_tokens, which is what the plan counted.
@@ -111,57 +113,20 @@ class LlmEngine:
         return self.llm.generate_async(prompt, params, streaming=True)
 
 
-class _Slots:
-    """Counts free slots and gives them out in the order they were asked for. Of one event loop."""
-
-    def __init__(self, count: int) -> None:
-        self.free = count
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
-
-    async def take(self, count: int) -> None:
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((count, turn))
-        self.give(0)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            # Also where it had not come yet: those behind it may fit now.
-            self.give(count if turn.done() and not turn.cancelled() else 0)
-            raise
-
-    def give(self, count: int) -> None:
-        self.free += count
-        while self._waiting:
-            wanted, turn = self._waiting[0]
-            if not turn.cancelled():
-                if wanted > self.free:
-                    return
-                self.free -= wanted
-                turn.set_result(None)
-            self._waiting.popleft()
-
-
 class LlmScheduler:
     """What `runtime.scheduler.Scheduler` is to other engines: the same methods, the same deltas.
 
-    An event loop in a thread has a task for every request, from its place in the queue to its last delta.
+    An event loop in a thread has a task for every request that has its slots, until its last delta.
     """
 
     def __init__(
-        self,
-        engine: LlmEngine,
-        *,
-        max_queue: int = 256,
-        queue_timeout_s: float = 60.0,
-        delivery: Delivers | None = None,
+        self, engine: LlmEngine, *, limits: Limits | None = None, delivery: Delivers | None = None
     ) -> None:
         self._engine = engine
-        self._max_queue = max_queue
-        self._queue_timeout = queue_timeout_s
         self._delivery = delivery or Delivery()
-        self._slots = _Slots(engine.slots)
         self._lock = threading.Lock()
-        self._queued = self._taken = 0  # requests that wait; slots of those that do not
+        self._queue: AdmissionQueue[Job] = AdmissionQueue(limits or Limits())
+        self._free = engine.slots
         self._closing = False
         self._tasks: dict[Job, asyncio.Task[None]] = {}
         self._counts = Counts(time.monotonic)
@@ -174,45 +139,44 @@ class LlmScheduler:
         """Run the event loop in a thread of its own."""
         self._thread.start()
 
-    def submit(self, request: Request) -> Handle:
-        """Put a request in the queue. Raises BadRequest, or Busy when the queue is full."""
-        try:
-            prompt = checked_prompt(request, self._engine)
-            self._engine.check(request.params)
-            if len(prompt) == self._engine.capacity:
-                raise BadRequest(
-                    f"the prompt has {len(prompt)} tokens and fills the slot; one less leaves room to answer"
-                )
-        except BadRequest:
-            self.refuse()
-            raise
-        job = Job(request, prompt, time.monotonic(), Outbox(request.on_delta, lambda: self._cancel(job)))
+    def check(self, level: int, timeout_s: float) -> None:
+        """Raises Busy if a request would be sent away, before anything of it is read."""
         with self._lock:
-            if self._closing:
-                raise Busy("the model is being unloaded")
-            if self._queued >= self._max_queue + self._engine.slots - self._taken:
-                self._counts.outcomes["refused"] += 1
-                waiting = f"{self._queued} requests are waiting for a slot"
-                raise Busy(f"the queue is full: {waiting}; try again later")
-            self._queued += 1
-            self._loop.call_soon_threadsafe(self._begin, job)
+            self._queue.check(level=level, timeout_s=timeout_s, room=self._free)
+
+    def submit(self, request: Request) -> Handle:
+        """Put a request in the queue. Raises BadRequest, or Busy for what is sent away."""
+        try:
+            prompt = self._checked(request)
+            job = Job(request, prompt, time.monotonic(), Outbox(request.on_delta, lambda: self._cancel(job)))
+            with self._lock:
+                if self._closing:
+                    raise unloading()
+                gave_up = self._queue.offer(
+                    job, level=request.level, timeout_s=request.timeout_s, room=self._free
+                )
+                self._loop.call_soon_threadsafe(self._begin, gave_up)
+        except (BadRequest, Busy) as error:
+            self.refuse(error)
+            raise
         return Handle(job, self._cancel)
 
-    def refuse(self) -> None:
-        """Count a bad request that did not come as far as `submit`."""
+    def refuse(self, error: Exception) -> None:
+        """Count a request that did not become a job."""
         with self._lock:
-            self._counts.outcomes["refused"] += 1
+            self._counts.tally.end(error)
 
     def snapshot(self) -> dict[str, Any]:
         """As Scheduler.snapshot; of the cache only what running sequences fill is known."""
         engine = self._engine
         running = [job for job in tuple(self._tasks) if job.state == "running"]
+        tokens = sum(len(job.prompt) * job.request.params.n + job.completion for job in running)
         return {
-            "slots": engine.slots,
-            "slots_active": self._taken,
-            "queue": self._queued,
-            "cache_tokens": sum(len(job.prompt) * job.request.params.n + job.completion for job in running),
-            "cache_capacity_tokens": engine.slots * engine.capacity,
+            "queue_requests": len(self._queue),
+            "llm_slots": engine.slots,
+            "llm_slots_active": engine.slots - self._free,
+            "llm_cache_tokens": tokens,
+            "llm_cache_capacity_tokens": engine.slots * engine.capacity,
             **self._counts.snapshot(),
         }
 
@@ -229,42 +193,60 @@ class LlmScheduler:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_CLOSING_S)
 
+    def _checked(self, request: Request) -> TokenArray:
+        prompt = checked_prompt(request, self._engine)
+        self._engine.check(request.params)
+        if len(prompt) == self._engine.capacity:
+            raise BadRequest(
+                f"the prompt has {len(prompt)} tokens and fills the slot; one less leaves room to answer"
+            )
+        return prompt
+
     def _cancel(self, job: Job) -> None:
         self._loop.call_soon_threadsafe(self._stop, job)
 
     # In the event loop.
 
-    def _begin(self, job: Job) -> None:
-        task = self._tasks[job] = self._loop.create_task(self._serve(job))
-        task.add_done_callback(lambda _: self._tasks.pop(job))
+    def _begin(self, gave_up: Job | None = None) -> None:
+        """Send away whose place or time is gone, start what has slots now, and come back for the next."""
+        with self._lock:
+            late = self._queue.expired()
+            while found := self._queue.take(lambda job: job.request.params.n <= self._free, most=1):
+                self._free -= found[0].request.params.n
+                found[0].state = "running"
+                self._tasks[found[0]] = self._loop.create_task(self._serve(found[0]))
+            soonest = self._queue.soonest
+        if gave_up is not None:
+            self._end(gave_up, "error", displaced())
+        for job in late:
+            self._end(job, "error", expired(self._queue.limits))
+        if soonest < math.inf:
+            self._loop.call_later(max(0.0, soonest - time.monotonic()), self._begin)
 
     def _stop(self, job: Job) -> None:
+        self._end(job, "cancelled")
         if task := self._tasks.get(job):
-            self._end(job, "cancelled")
             task.cancel()
 
     async def _end_all(self) -> None:
+        with self._lock:
+            waiting = self._queue.drain()
         tasks = list(self._tasks.values())
-        for job in list(self._tasks):
+        for job in [*waiting, *self._tasks]:
             self._stop(job)
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _serve(self, job: Job) -> None:
-        wanted = job.request.params.n
+        job.started = time.monotonic()
         try:
-            async with asyncio.timeout(job.submitted + self._queue_timeout - time.monotonic()):
-                await self._slots.take(wanted)
-        except TimeoutError:
-            late = Busy(f"no slot became free within {self._queue_timeout:g} s; try again later")
-            self._end(job, "error", late)
-            return
-        with self._lock:
-            self._queued -= 1
-            self._taken += wanted
-        job.state, job.started = "running", time.monotonic()
+            await self._write_all(job)
+        finally:
+            del self._tasks[job]
+
+    async def _write_all(self, job: Job) -> None:
         try:
             async with asyncio.TaskGroup() as group:
-                for index in range(wanted):
+                for index in range(job.request.params.n):
                     group.create_task(self._write(job, index))
         except* EngineFailed as failed:
             self._end(job, "error", failed.exceptions[0])
@@ -281,7 +263,8 @@ class LlmScheduler:
             async for output in result:
                 if job.answered is None:
                     job.answered, job.cached = time.monotonic(), output.cached_tokens
-                    self._counts.start(job)
+                    self._counts.start(job, job.started or job.answered)
+                    self._counts.answer(job, job.answered)
                 if self._accept(sample, output.outputs[0]):
                     return
             raise EngineFailed("the engine ended the answer without a reason")
@@ -322,23 +305,21 @@ class LlmScheduler:
     def _post(self, job: Job, deltas: list[Delta]) -> None:
         self._delivery.post([(job.outbox, delta) for delta in deltas])
 
-    def _leave(self, job: Job, outcome: str) -> None:
+    def _leave(self, job: Job, reason: str, error: Exception | None = None) -> None:
         """Give back what `job` holds: before its last delta goes out, as its client may ask again at once."""
         with self._lock:
-            if job.state == "queued":
-                self._queued -= 1
-            else:
-                self._taken -= job.request.params.n
-                self._slots.give(job.request.params.n)
-        job.state = "done"
-        self._counts.outcomes[outcome] += 1
+            if job.state == "running":
+                self._free += job.request.params.n
+                self._loop.call_soon(self._begin)
+            self._queue.discard(job)
+            job.state = "done"
+            self._counts.end(job, reason, error)
 
     def _end(self, job: Job, reason: str, error: Exception | None = None) -> None:
         """End a whole request early, wherever it is."""
         if job.state == "done":
             return
-        outcome = "cancelled" if reason == "cancelled" else "expired" if isinstance(error, Busy) else "failed"
-        self._leave(job, outcome)
+        self._leave(job, reason, error)
         deltas = [Delta(index, finish_reason=reason, error=error) for index in job.open]
         deltas[-1] = replace(deltas[-1], usage=job.usage(time.monotonic()))
         self._post(job, deltas)

@@ -13,22 +13,18 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from triton_repo.runtime.admission import PRIORITY
 from triton_repo.runtime.delivery import Delta, merged
+from triton_repo.runtime.exchange import Answer, Cancelled
 from triton_repo.runtime.generation import FIELDS
 from triton_repo.runtime.texts import BadRequest, EngineFailed
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
-Answer = Arrays | Exception
 
-
-# The request's id, which HTTP's generate endpoint passes on in this way.
-_NOT_OURS: Final = {"id"}
+# The request's id, which HTTP's generate endpoint passes on in this way, and what the queue reads.
+_NOT_OURS: Final = {"id", PRIORITY}
 _LISTS: Final = {"stop", "stop_token_ids"}
-
-
-class Cancelled(Exception):
-    """The client gave up; nobody reads this but a client that cancelled and still listens."""
 
 
 def read_fields(tensors: Mapping[str, Array], parameters: str = "") -> tuple[dict[str, Any], bool]:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from build_engines import stack as stack_module
 from build_engines import stack_fields, stack_model
 from build_engines.errors import StackError
-from build_engines.stack import DecoderShape, ModelShape, compiles, load_stack
+from build_engines.stack import DecoderShape, ModelShape, Queue, compiles, load_stack
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -38,7 +38,7 @@ VALID: dict[str, Any] = {
             "evaluation": "bundled:reviews:evaluation",
             "calibration": {"data": "texts.csv", "samples": 64, "method": "percentile", "percentile": 99.9},
             "gates": {"min_agreement": 0.98},
-            "queue": {"max_size": 10, "timeout_ms": 500, "priority_levels": 3, "default_priority": 2},
+            "queue": {"max_size": 10, "deadline_ms": 500, "priority_levels": 3, "default_priority": 2},
         },
         "embedder": {
             "task": "embed",
@@ -71,7 +71,7 @@ VALID: dict[str, Any] = {
             "evaluation": "talks.jsonl",
             "calibration": {"data": "bundled:conversations:calibration", "samples": 16},
             "gates": {"max_perplexity_increase": 0.02},
-            "queue": {"max_size": 32, "timeout_ms": 2000},
+            "queue": {"max_size": 32, "deadline_ms": 2000, "priority_levels": 2},
             "shape": {
                 "family": "llama",
                 "layers": 48,
@@ -159,7 +159,7 @@ def test_reads_everything_of_an_llm(tmp_path: Path) -> None:
     *_, model, talker = load_stack(_write(tmp_path, VALID)).models.values()
     assert (model.slots, model.max_length, model.prefill_chunk) == (4, 1024, 256)
     assert (model.embedding, model.head, model.overflow) == ("int8", "fp16", "refuse")
-    assert (model.queue.max_size, model.queue.timeout_ms) == (32, 2000)
+    assert model.queue == Queue(max_size=32, deadline_ms=2000, priority_levels=2, default_priority=1)
     assert model.gates.max_perplexity_increase == 0.02
     assert model.gates.min_fp16_cosine is None
     assert model.calibration.samples == 16
@@ -170,7 +170,7 @@ def test_reads_everything_of_an_llm(tmp_path: Path) -> None:
     # Left open: the plan chooses slots and length, everything else has its default.
     assert (talker.slots, talker.max_length, talker.prefill_chunk) == (0, 0, 128)
     assert (talker.precisions, talker.embedding, talker.head) == (("int8-weights",), "fp16", "int8")
-    assert (talker.queue.max_size, talker.queue.timeout_ms) == (256, 60_000)
+    assert (talker.queue.max_size, talker.queue.deadline_ms) == (256, 60_000)
     assert (talker.gates.max_perplexity_increase, talker.calibration.samples) == (0.01, 64)
 
 
@@ -203,7 +203,7 @@ def test_the_name_is_the_files_by_default(tmp_path: Path) -> None:
         ("target", "targets"),
         ("models.sentiment.max_lenght", "max_length"),
         ("models.sentiment.calibration.metod", "method"),
-        ("models.sentiment.queue.timeout", "timeout_ms"),
+        ("models.sentiment.queue.deadline", "deadline_ms"),
         ("models.embedder.shape.layer", "layers"),
         ("models.sentiment.gates.min_agrement", "min_agreement"),
     ],
@@ -247,7 +247,6 @@ def test_an_unknown_key_names_itself_and_the_nearest(tmp_path: Path, key: str, n
         ("models.assistant.embedding", "int4", "allowed: fp16, int8"),
         ("models.assistant.calibration.method", "entropy", "only weights are quantized"),
         ("models.assistant.calibration.smoothing", "off", "only weights are quantized"),
-        ("models.assistant.queue.priority_levels", 2, "served in turn"),
         ("models.assistant.queue.max_delay_us", 0, "join the running batch"),
         ("models.assistant.queue.max_size", 0, "from 1"),
         ("models.assistant.gates.min_fp16_cosine", 0.9, "allowed here: max_perplexity_increase"),
@@ -275,7 +274,7 @@ def test_an_unknown_key_names_itself_and_the_nearest(tmp_path: Path, key: str, n
         ("models.sentiment.pooling", "mean", "for embed only"),
         ("models.sentiment.revision", "main", "no meaning for a folder"),
         ("models.sentiment.queue.default_priority", 4, "from 1 to 3"),
-        ("models.sentiment.queue.priority_levels", 0, "default_priority is set without"),
+        ("models.sentiment.queue.priority_levels", 0, "from 1"),
         ("models.embedder.shape.heads", 7, "divisor of hidden"),
         ("models.embedder.cache", "yes", "true, false"),
         ("models.Bad Name", {"task": "embed", "source": "a/b"}, "is no model name"),

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from hash_engine import HashEngine
 
+from triton_repo.runtime.admission import Busy, Limits
 from triton_repo.runtime.delivery import Delta
 from triton_repo.runtime.generation import FIELDS, GenerationService
-from triton_repo.runtime.jobs import Busy
 from triton_repo.runtime.scheduler import Scheduler
 from triton_repo.runtime.texts import BadRequest, EngineFailed
 from triton_repo.runtime.tokenization import TokenizerRefused
@@ -201,11 +201,11 @@ def test_bad_requests_are_named_and_others_untouched(
     shared: GenerationService, request_: dict[str, Any], message: str
 ) -> None:
     running: list[Delta] = []
-    refused = shared.snapshot()["requests_total"]["refused"]
+    refused = shared.snapshot()["rejections_total"]["bad_input"]
     handle = shared.submit({"text": "noodles", "max_tokens": 100, "ignore_eos": True}, running.append)
     with pytest.raises(BadRequest, match=message):
         shared.submit(request_, running.append)
-    assert shared.snapshot()["requests_total"]["refused"] == refused + 1
+    assert shared.snapshot()["rejections_total"]["bad_input"] == refused + 1
     assert handle.wait(20)
     assert sum(len(delta.token_ids) for delta in running) == 100
     assert running[-1].finish_reason == "length"
@@ -262,7 +262,7 @@ def test_a_consumer_that_hangs_or_vanishes_holds_up_nobody(shared: GenerationSer
         assert len(shared.generate(request)[0].token_ids) == 100
     assert vanished.wait(10)
     assert not hanging.wait(0)
-    assert shared.snapshot()["slots_active"] == 0
+    assert shared.snapshot()["llm_slots_active"] == 0
     never.set()
     assert hanging.wait(10)
 
@@ -320,7 +320,7 @@ def test_opening_a_folder_takes_no_truncation_over(tmp_path: Path, monkeypatch: 
     opened = {(tmp_path, None, 1): engine}
     monkeypatch.setattr("triton_repo.runtime.engines.open_decoder_engine", lambda *given: opened[given])
     monkeypatch.setattr("triton_repo.runtime.generation.read_manifest", lambda _: {"target": "onnxruntime"})
-    service = GenerationService.open(tmp_path, device=1, max_queue=3)
+    service = GenerationService.open(tmp_path, device=1, limits=Limits(max_size=3))
     text = "The noodles were good, the service was not"
     assert service.prompt({"text": text}) == TOKENIZER.encode(text).ids
     assert service.generate({"text": text, "max_tokens": 2})[0].usage["completion_tokens"] == 2

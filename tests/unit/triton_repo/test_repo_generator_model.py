@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from triton_fakes import USAGE, Request, Service, TritonModelException, fake_triton
 
+from build_engines.stack import Queue
+from triton_repo.encoders import queue_parameters
 from triton_repo.runtime import fingerprint, generation
+from triton_repo.runtime import metrics as runtime_metrics
+from triton_repo.runtime.admission import Busy, Limits
 from triton_repo.runtime.delivery import Delta
-from triton_repo.runtime.jobs import Busy
 from triton_repo.runtime.session import EngineRefused
 from triton_repo.runtime.texts import EngineFailed
-
-GAUGES = ("slots", "slots_active", "queue", "cache_tokens", "cache_capacity_tokens", "tokens_per_second")
-TOTALS = ("prompt_tokens_total", "cached_tokens_total", "generated_tokens_total")
 
 
 class Loaded:
@@ -43,13 +43,9 @@ class Loaded:
         return request, self.service.handles[-1]
 
 
-def counts(**changes: Any) -> dict[str, Any]:
-    outcomes = {"completed": 0, "cancelled": 0}
-    return dict.fromkeys((*GAUGES, *TOTALS), 0) | {"requests_total": outcomes} | changes
-
-
 def arguments(**parameters: str) -> dict[str, str]:
-    found = {"max_queue": "7", "queue_timeout_ms": "1500", "runtime": fingerprint()} | parameters
+    queue = queue_parameters(Queue(max_size=7, deadline_ms=1500))
+    found = {**queue, "runtime": fingerprint()} | parameters
     config = {"parameters": {name: {"string_value": value} for name, value in found.items()}}
     return {
         "model_repository": "/nowhere",
@@ -67,15 +63,15 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(generation, "GenerationService", Service)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    monkeypatch.setattr(Service, "snapshot", lambda self: counts() | self.counts)
     return triton
 
 
 @pytest.fixture
 def loaded(triton: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loaded]:
     module = importlib.import_module("triton_repo.models.generator")
-    for name, value in (("_POLL_S", 0.005), ("_METRIC_INTERVAL_S", 0.01), ("_LAST_WORDS_S", 0.2)):
+    for name, value in (("_POLL_S", 0.005), ("_LAST_WORDS_S", 0.2)):
         monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(runtime_metrics, "_INTERVAL_S", 0.01)
     model = module.TritonPythonModel()
     model.initialize(arguments())
     found = Loaded(model, triton, module)
@@ -94,7 +90,7 @@ def until(condition: Callable[[], Any], seconds: float = 5.0) -> bool:
 
 
 def test_the_queue_s_bounds_come_from_the_config_and_the_gpu_from_triton(loaded: Loaded) -> None:
-    assert loaded.service.settings == {"max_queue": 7, "queue_timeout_s": 1.5, "device": 1}
+    assert loaded.service.settings == {"limits": Limits(max_size=7, deadline_s=1.5), "device": 1}
 
 
 def test_a_stream_is_passed_on_and_closed_by_its_last_delta(loaded: Loaded) -> None:
@@ -129,7 +125,7 @@ def test_a_refused_request_gets_its_reason_and_its_neighbours_go_on(
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(Busy("no slot became free"), "UNAVAILABLE"), (EngineRefused("secret"), "INTERNAL")],
+    [(Busy("the queue is full", "queue_full"), "UNAVAILABLE"), (EngineRefused("secret"), "INTERNAL")],
 )
 def test_a_failure_behind_the_queue_has_its_own_code(loaded: Loaded, error: Exception, code: str) -> None:
     request, handle = loaded.running()
@@ -168,7 +164,7 @@ def test_a_response_that_cannot_be_sent_ends_the_request(loaded: Loaded) -> None
     request.sender.broken = True
     with pytest.raises(RuntimeError, match="no room"):
         handle.on_delta(Delta(0, "a", (1,)))
-    assert request.sender.sent == [(None, 1)]
+    assert request.sender.sent == [(None, 1)], "not even an error had room"
     handle.on_delta(Delta(0, "b", (2,)))
     assert len(request.sender.sent) == 1
 
@@ -183,42 +179,29 @@ def test_a_response_that_cannot_be_made_ends_the_request(
     monkeypatch.setattr(loaded.triton, "Tensor", full)
     with pytest.raises(RuntimeError, match="no room"):
         handle.on_delta(Delta(0, "a", (1,)))
-    assert request.sender.sent == [(None, 1)]
+    assert (request.sender.error.code, request.sender.sent[-1][1]) == ("INTERNAL", 1)
+    assert "could not be sent" in request.sender.error.message
     assert not loaded.model._watch._open
 
 
-def metrics(loaded: Loaded) -> dict[str, float]:
-    return {
-        name.removeprefix("onecard_llm_") + (f" {outcome}" if outcome else ""): metric.value
-        for name, family in loaded.triton.families.items()
-        for outcome, metric in family.made.items()
-    }
+def test_metrics_follow_the_service(loaded: Loaded) -> None:
+    loaded.service.counts = {"llm_slots": 4, "llm_generated_tokens_total": 10}
+    families = loaded.triton.families
+    assert until(lambda: "onecard_llm_generated_tokens_total" in families)
+    assert until(lambda: families["onecard_llm_generated_tokens_total"].made[""].value == 10)
+    assert families["onecard_llm_slots"].made[""].value == 4
+    loaded.service.counts = {"llm_slots": 4, "llm_generated_tokens_total": 12}
+    loaded.model.finalize()
+    assert families["onecard_llm_generated_tokens_total"].made[""].value == 12, "the last ones too"
 
 
-def test_metrics_follow_the_scheduler_and_rest_when_it_does(loaded: Loaded) -> None:
-    loaded.service.counts = counts(slots=4, slots_active=2, generated_tokens_total=10)
-    loaded.running()
-    assert until(lambda: metrics(loaded).get("generated_tokens_total") == 10)
-    assert metrics(loaded)["slots"] == 4
-    outcomes = {"completed": 3, "cancelled": 1}
-    loaded.service.counts = counts(slots=4, generated_tokens_total=12, requests_total=outcomes)
-    assert until(lambda: metrics(loaded).get("generated_tokens_total") == 12)
-    expected = {"slots_active": 0.0, "requests_total completed": 3.0, "requests_total cancelled": 1.0}
-    assert until(lambda: expected.items() <= metrics(loaded).items())
-    slots = loaded.triton.families["onecard_llm_slots"].made[""]
-    assert slots.calls == 1
-
-
-def test_an_idle_model_asks_nothing(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks: list[float] = []
-    monkeypatch.setattr(Service, "snapshot", lambda self: looks.append(time.monotonic()) or counts())
-    _, handle = loaded.running()
-    handle.on_delta(Delta(0, "", (), (), "stop", USAGE))
-    assert until(lambda: looks)
-    time.sleep(0.1)
-    seen = len(looks)
-    time.sleep(0.1)
-    assert len(looks) == seen
+def test_priority_and_timeout_go_along(loaded: Loaded) -> None:
+    request = loaded.ask(parameters='{"onecard_priority": 1}', timeout_us=1_500_000)
+    assert loaded.service.arrived.acquire(timeout=5)
+    assert loaded.service.urgency == [(1, 1.5)]
+    wrong = loaded.ask(parameters='{"onecard_priority": "high"}')
+    assert (wrong.sender.error.code, wrong.sender.error.message[:18]) == ("INVALID_ARG", "'onecard_priority'")
+    assert not request.sender.closed.is_set()
 
 
 def test_what_is_left_at_the_end_is_told_so(loaded: Loaded) -> None:

@@ -39,13 +39,13 @@ prefill_chunk = 32
 evaluation = "talks.jsonl"
 [models.assistant.queue]
 max_size = 7
-timeout_ms = 1500
+deadline_ms = 1500
 """
 TALKS = [{"messages": [{"role": "user", "content": "안녕"}]}, {"text": "plain"}]
 
 
 def config(**fields: Any) -> Any:
-    model = Model(name="m", task="generate", source="o/m", queue=Queue(max_size=7, timeout_ms=1500))
+    model = Model(name="m", task="generate", source="o/m", queue=Queue(max_size=7, deadline_ms=1500))
     manifest = {"precision": "int8-weights", "target": "onnxruntime", "serving": SERVING} | fields
     return parse(render(to_message(generator_spec(model, "m", manifest, "abc"))))
 
@@ -72,7 +72,9 @@ def test_the_parameters_say_what_is_served() -> None:
         "capacity": "96",
         "chunk": "32",
         "max_queue": "7",
-        "queue_timeout_ms": "1500",
+        "deadline_ms": "1500",
+        "priority_levels": "3",
+        "default_priority": "2",
         "runtime": "abc",
     }
 

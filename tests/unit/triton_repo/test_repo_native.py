@@ -121,10 +121,12 @@ def test_a_rerankers_score_is_one_number_a_row() -> None:
 
 
 def test_the_queue_and_the_instances_are_the_engines_and_the_cache_the_ensembles() -> None:
-    queue = Queue(max_size=7, timeout_ms=1500, max_delay_us=40)
+    queue = Queue(max_size=7, deadline_ms=1500, max_delay_us=40)
     found = configs("classify", queue=queue, instances=2, cache=True)
     engine = found["m-fp16_engine"]
-    assert engine.dynamic_batching.default_queue_policy.max_queue_size == 7
+    policy = engine.dynamic_batching.default_queue_policy
+    assert (policy.max_queue_size, policy.default_timeout_microseconds) == (7, 1_500_000)
+    assert (policy.timeout_action, policy.allow_timeout_override) == (pb.ModelQueuePolicy.REJECT, True)
     assert engine.dynamic_batching.max_queue_delay_microseconds == 40
     assert engine.instance_group[0].count == 2
     assert {name for name, config in found.items() if config.response_cache.enable} == {"m-fp16"}
@@ -133,6 +135,13 @@ def test_the_queue_and_the_instances_are_the_engines_and_the_cache_the_ensembles
         assert not config.dynamic_batching.HasField("default_queue_policy")
         assert config.instance_group[0].kind == pb.ModelInstanceGroup.KIND_CPU
         assert config.instance_group[0].count == 1
+
+
+def test_the_engine_s_queue_has_bounds_only_where_they_are_asked_for() -> None:
+    """Any policy makes Triton stop preparing the next batch while one runs."""
+    batching = configs("classify", queue=Queue(max_delay_us=40))["m-fp16_engine"].dynamic_batching
+    assert not batching.HasField("default_queue_policy")
+    assert batching.max_queue_delay_microseconds == 40
 
 
 def test_only_the_ensemble_has_a_task() -> None:

@@ -12,8 +12,9 @@ from hash_engine import Asked, HashEngine, Inline, hash_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from triton_repo.runtime.admission import Busy, Limits
 from triton_repo.runtime.delivery import Delta
-from triton_repo.runtime.jobs import Busy, Request
+from triton_repo.runtime.jobs import Request
 from triton_repo.runtime.sampling import SamplingParams
 from triton_repo.runtime.scheduler import Scheduler
 from triton_repo.runtime.texts import BadRequest, EngineFailed
@@ -253,7 +254,7 @@ def test_a_conversation_prefills_only_what_is_new() -> None:
         assert usage["cached_tokens"] == (0 if turn == 0 else len(said) - 6)
         said = [*said, *asked.tokens(), *range(5, 10)]
     bench.check_answers()
-    assert bench.scheduler.snapshot()["cached_tokens_total"] > 0
+    assert bench.scheduler.snapshot()["llm_cached_tokens_total"] > 0
 
 
 def test_the_same_prompt_again_computes_its_last_token_only() -> None:
@@ -292,7 +293,7 @@ def test_a_cancelled_request_frees_its_slots_within_one_step() -> None:
     other = bench.ask([4], max_tokens=5, stop=frozenset())
     for _ in range(3):
         bench.step()
-    assert bench.scheduler.snapshot()["slots_active"] == 3
+    assert bench.scheduler.snapshot()["llm_slots_active"] == 3
     for asked in (pair, prefilling, queued):
         assert asked.handle
         asked.cancelled = True
@@ -301,7 +302,7 @@ def test_a_cancelled_request_frees_its_slots_within_one_step() -> None:
     bench.step()
     assert pair.reasons() == {0: "cancelled", 1: "cancelled"}
     assert prefilling.reasons() == queued.reasons() == {0: "cancelled"}
-    assert bench.scheduler.snapshot()["slots_active"] == 1
+    assert bench.scheduler.snapshot()["llm_slots_active"] == 1
     bench.finish()
     bench.check_answers()
     assert other.reasons() == {0: "length"}
@@ -321,7 +322,7 @@ def test_a_consumer_that_raises_cancels_its_request() -> None:
     scheduler.step()
     scheduler.step()
     assert len(calls) == 1
-    assert scheduler.snapshot()["slots_active"] == 0
+    assert scheduler.snapshot()["llm_slots_active"] == 0
     assert not scheduler.step()
 
 
@@ -378,7 +379,7 @@ def test_tokens_that_came_beside_a_failure_are_counted() -> None:
     while bench.scheduler.step():
         pass
     assert (good.reasons(), bad.reasons()) == ({0: "length"}, {0: "error"})
-    assert bench.scheduler.snapshot()["generated_tokens_total"] == len(good.tokens()) + len(bad.tokens())
+    assert bench.scheduler.snapshot()["llm_generated_tokens_total"] == len(good.tokens()) + len(bad.tokens())
 
 
 def test_an_engine_of_the_wrong_shape_does_not_stop_the_loop() -> None:
@@ -452,18 +453,18 @@ def test_what_can_never_run_is_refused(prompt: list[int], params: dict[str, Any]
     bench.finish()
     bench.check_answers()
     assert running.done
-    assert bench.scheduler.snapshot()["requests_total"]["refused"] == 1
+    assert bench.scheduler.snapshot()["rejections_total"]["bad_input"] == 1
 
 
 def test_a_full_queue_refuses_and_a_free_slot_is_no_queue() -> None:
-    bench = Bench(HashEngine(slots=2), max_queue=1)
+    bench = Bench(HashEngine(slots=2), limits=Limits(max_size=1))
     for _ in range(3):
         bench.ask([2, 3], max_tokens=20, stop=frozenset())
     with pytest.raises(Busy, match="queue is full: 3 requests"):
         bench.ask([2], max_tokens=1)
     bench.step()
     bench.step()
-    assert bench.scheduler.snapshot()["queue"] == 1
+    assert bench.scheduler.snapshot()["queue_requests"] == 1
     with pytest.raises(Busy, match="queue is full: 1 requests"):
         bench.ask([2], max_tokens=1)
     bench.finish()
@@ -471,7 +472,7 @@ def test_a_full_queue_refuses_and_a_free_slot_is_no_queue() -> None:
 
 
 def test_waiting_too_long_is_an_error_with_the_limit() -> None:
-    bench = Bench(HashEngine(slots=1), queue_timeout_s=30.0)
+    bench = Bench(HashEngine(slots=1), limits=Limits(deadline_s=30.0))
     running = bench.ask([2, 3], max_tokens=20, stop=frozenset())
     bench.step()
     late = bench.ask([2], max_tokens=1)
@@ -482,12 +483,12 @@ def test_waiting_too_long_is_an_error_with_the_limit() -> None:
     bench.step()
     assert late.reasons() == {0: "error"}
     assert isinstance(late.deltas[-1].error, Busy)
-    assert "30 s" in str(late.deltas[-1].error)
+    assert "30000 ms" in str(late.deltas[-1].error)
     assert late.deltas[-1].usage
     assert late.deltas[-1].usage["queue_ms"] == pytest.approx(31000)
     bench.finish()
     assert running.reasons() == in_time.reasons() == {0: "length"}
-    assert bench.scheduler.snapshot()["requests_total"]["expired"] == 1
+    assert bench.scheduler.snapshot()["rejections_total"]["expired"] == 1
 
 
 def test_usage_and_rate_are_of_the_clock() -> None:
@@ -507,9 +508,9 @@ def test_usage_and_rate_are_of_the_clock() -> None:
     assert second.deltas[-1].usage
     assert second.deltas[-1].usage["queue_ms"] == 5000
     bench.now = 106.0
-    assert bench.scheduler.snapshot()["tokens_per_second"] == pytest.approx(5 / 5)
+    assert bench.scheduler.snapshot()["llm_tokens_per_second"] == pytest.approx(5 / 5)
     bench.now += 60
-    assert bench.scheduler.snapshot()["tokens_per_second"] == 0
+    assert bench.scheduler.snapshot()["llm_tokens_per_second"] == 0
 
 
 def test_threads_that_ask_and_cancel_all_at_once() -> None:
@@ -552,7 +553,7 @@ def test_threads_that_ask_and_cancel_all_at_once() -> None:
             assert tokens == expected[: len(tokens)]
             assert reason == "cancelled" or (tokens, reason) == (expected, why)
             assert reason != "cancelled" or one.cancelled
-    assert scheduler.snapshot()["slots_active"] == 0
+    assert scheduler.snapshot()["llm_slots_active"] == 0
     scheduler.close()
 
 

@@ -61,7 +61,7 @@ def test_rows_are_padded_to_the_next_width(wordpiece_file: Path) -> None:
     assert set(short) == {"input_ids", "attention_mask", "truncated"}
     assert {value.dtype for name, value in short.items() if name != "truncated"} == {np.dtype(np.int64)}
     real = 2 * len(ids) + 22
-    assert own.counts == {"tokens": real, "padding": 16 + 64 - real, "truncated": 0}
+    assert own.snapshot() == {"tokens_total": real, "padding_total": 80 - real, "truncated_total": 0}
 
 
 @given(st.lists(st.tuples(st.integers(1, 8), st.sampled_from([16, 32, 64, 128, 256, 512])), max_size=8))
@@ -101,7 +101,7 @@ def test_a_text_that_is_cut_is_flagged_and_has_the_full_width(wordpiece_file: Pa
     assert isinstance(answer, dict)
     assert answer["truncated"].tolist() == [[True], [False]]
     assert answer["input_ids"].shape == (2, 40)
-    assert own.counts["truncated"] == 1
+    assert own.snapshot()["truncated_total"] == 1
     refusing = step(wordpiece_file, "embed", overflow="refuse")
     found = refusing.answer([{"text": column("a " * 90)}, {"text": column("good")}])
     assert "has more than 40 tokens" in refusal(found[0])

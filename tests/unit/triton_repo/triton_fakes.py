@@ -43,9 +43,9 @@ class Sender:
 
 
 class Request:
-    def __init__(self, parameters: str = "{}", **tensors: Any) -> None:
+    def __init__(self, parameters: str = "{}", timeout_us: int = 0, **tensors: Any) -> None:
         self.sender = Sender()
-        self._parameters = parameters
+        self._parameters, self._timeout_us = parameters, timeout_us
         self._tensors = tensors
 
     def get_response_sender(self) -> Sender:
@@ -56,6 +56,9 @@ class Request:
 
     def parameters(self) -> str:
         return self._parameters
+
+    def timeout(self) -> int:
+        return self._timeout_us
 
 
 class _Tensor:
@@ -88,7 +91,8 @@ class MetricFamily:
         self.made: dict[str, _Metric] = {}
 
     def Metric(self, *, labels: dict[str, str]) -> _Metric:
-        return self.made.setdefault(labels.get("outcome", ""), _Metric(self.kind))
+        own = [value for name, value in labels.items() if name not in ("model", "version", "replica")]
+        return self.made.setdefault(" ".join(own), _Metric(self.kind))
 
 
 class _Metric:
@@ -151,24 +155,29 @@ class Service:
         self.counts: dict[str, Any] = {}
         self.closed = False
         self.refused = 0
+        self.urgency: list[tuple[int, float]] = []
 
     @classmethod
     def open(cls, folder: Any, **settings: Any) -> Service:
         return cls(settings)
 
-    def submit(self, fields: dict[str, Any], on_delta: Callable[[Delta], object]) -> Handle:
+    def submit(
+        self, fields: dict[str, Any], on_delta: Callable[[Delta], object], *, level: int, timeout_s: float
+    ) -> Handle:
         if fields.get("text") == b"refuse":
-            self.refuse()
-            raise BadRequest("'text' is refused")
+            refusal = BadRequest("'text' is refused")
+            self.refuse(refusal)
+            raise refusal
         if fields.get("text") == b"fault":
             raise ZeroDivisionError("while reading: fault")
         handle = Handle(on_delta)
         self.fields.append(fields)
+        self.urgency.append((level, timeout_s))
         self.handles.append(handle)
         self.arrived.release()
         return handle
 
-    def refuse(self) -> None:
+    def refuse(self, error: Exception) -> None:
         self.refused += 1
 
     def snapshot(self) -> dict[str, Any]:

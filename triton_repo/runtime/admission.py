@@ -1,0 +1,248 @@
+"""Which requests may wait for a model, in which order, and when one is sent away.
+
+A queue that grows while the model is at its limit makes every answer late. So a request that is not going to
+be answered in time, by the rate at which requests were taken lately, is rejected when it arrives, and one
+whose time runs out while it waits is not started any more.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final, Generic, Literal, TypeVar
+
+from triton_repo.runtime.texts import BadRequest
+
+# Triton's own priority is used up by its queue and never reaches a Python model.
+PRIORITY: Final = "onecard_priority"
+
+T = TypeVar("T")
+Reason = Literal["queue_full", "deadline", "expired", "displaced", "unloading"]
+
+# The rate is an average over about so many seconds in which somebody waited.
+_RATE_SECONDS = 2.0
+# The share of a deadline that an estimated wait may fill: the rest is for what the estimate does not see.
+_MARGIN = 0.7
+# Who waited less may have found an idle model whose thread had to wake up.
+_NOTICEABLE_S = 0.002
+
+
+class Busy(Exception):
+    """The request was not started; another try may succeed. `reason` is its label in the metrics."""
+
+    def __init__(self, message: str, reason: Reason) -> None:
+        super().__init__(message)
+        self.reason: Reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What may wait for a model: at most `max_size` requests, each for `deadline_s` seconds at most, in
+    `levels` priorities. Level 1 is served first; a request that names none has `default_level`."""
+
+    max_size: int = 256
+    deadline_s: float = 60.0
+    levels: int = 3
+    default_level: int = 2
+
+    @classmethod
+    def read(cls, parameters: Mapping[str, str]) -> Limits:
+        """From the parameters of config.pbtxt (build_engines.stack.Queue)."""
+        return cls(
+            max_size=int(parameters["max_queue"]),
+            deadline_s=int(parameters["deadline_ms"]) / 1000,
+            levels=int(parameters["priority_levels"]),
+            default_level=int(parameters["default_priority"]),
+        )
+
+
+def read_level(parameters: str) -> int:
+    """A request's priority from its parameters (JSON, "" for none); 0 where it names none. Raises
+    BadRequest."""
+    if PRIORITY not in parameters:
+        return 0
+    level = json.loads(parameters).get(PRIORITY, 0)
+    if isinstance(level, bool) or not isinstance(level, int) or level < 0:
+        raise BadRequest(f"'{PRIORITY}' is {level!r:.40}; 1 is the most urgent, 0 the model's default")
+    return level
+
+
+@dataclass(slots=True)
+class _Entry:
+    work: float
+    arrived: float
+    limit: float  # seconds, of which the last ones are for being served
+
+    def expires(self, service: float) -> float:
+        return self.arrived + self.limit - min(service, (1 - _MARGIN) * self.limit)
+
+
+class AdmissionQueue(Generic[T]):
+    """Waiting requests by priority, then by arrival. One caller at a time: the owner has the lock.
+
+    `work` is in any unit that serving takes time in proportion to; the queue learns how many seconds a unit
+    takes from the times at which its owner comes back for more.
+    """
+
+    def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limits = limits
+        self._clock = clock
+        self._levels: list[dict[T, _Entry]] = [{} for _ in range(limits.levels)]
+        self._work = [0.0] * limits.levels
+        self.soonest = math.inf  # when the next one may run out of time; never later than it does
+        self._learned_work = self._learned_seconds = 0.0
+        self._taken_work = self._taken_at = 0.0
+        self._backlog = False  # somebody has waited ever since the last take
+
+    def __len__(self) -> int:
+        return sum(map(len, self._levels))
+
+    def offer(
+        self, item: T, *, level: int = 0, work: float = 1.0, timeout_s: float = math.inf, room: int = 0
+    ) -> T | None:
+        """Let `item` wait, at most `timeout_s` seconds if that is less than the deadline.
+
+        `level` 0 is the default one; beyond the last one counts as the last. `room`: how many requests could
+        start at once and are therefore not waiting. Returns the request that gave up its place, if one did:
+        a full queue sends away the youngest of the least urgent. Raises Busy.
+        """
+        self.check(level=level, work=work, timeout_s=timeout_s, room=room)
+        place = self._place(level)
+        displaced = self._make_room() if len(self) >= self.limits.max_size + room else None
+        entry = _Entry(work, self._clock(), min(self.limits.deadline_s, timeout_s))
+        self._levels[place][item] = entry
+        self._work[place] += work
+        self.soonest = min(self.soonest, entry.expires(math.inf))
+        return displaced
+
+    def check(self, *, level: int = 0, work: float = 1.0, timeout_s: float = math.inf, room: int = 0) -> None:
+        """Raises Busy if `offer` would."""
+        size, place = len(self), self._place(level)
+        if size < room:
+            return
+        limit = min(self.limits.deadline_s, timeout_s)
+        wait = self._wait(place, work)
+        if wait > _MARGIN * limit:
+            raise Busy(
+                f"the wait is too long: about {wait * 1000:.0f} ms, and the deadline is "
+                f"{limit * 1000:.0f} ms after arrival; try again later",
+                "deadline",
+            )
+        if size >= self.limits.max_size + room and self._least_urgent() <= place:
+            raise Busy(f"the queue is full: {size} requests are waiting; try again later", "queue_full")
+
+    def take(self, fits: Callable[[T], bool], most: int | None = None) -> list[T]:
+        """Remove the first ones, `most` at most, for as long as `fits` says yes to the next."""
+        taken: list[T] = []
+        work = waited = 0.0
+        now = self._clock()
+        while len(taken) != most and (found := self._first()) is not None and fits(found[1]):
+            place, item = found
+            entry = self._levels[place][item]
+            work += entry.work
+            waited = max(waited, now - entry.arrived)
+            self.discard(item, place)
+            taken.append(item)
+        if taken:
+            if self._backlog:
+                self._learn(self._taken_work, now - self._taken_at)
+            elif not self._learned_work and waited > _NOTICEABLE_S:
+                # The first crowd: what was taken before took at least as long as these have waited.
+                self._learn(self._taken_work, waited)
+            self._taken_work, self._taken_at, self._backlog = work, now, len(self) > 0
+        return taken
+
+    def expired(self) -> list[T]:
+        """Remove those that could not be answered in time any more."""
+        now = self._clock()
+        if now < self.soonest:
+            return []
+        service = self._taken_work * self._pace
+        gone = [
+            (place, item)
+            for place, waiting in enumerate(self._levels)
+            for item, entry in waiting.items()
+            if entry.expires(service) <= now
+        ]
+        for place, item in gone:
+            self.discard(item, place)
+        left = (entry.expires(math.inf) for waiting in self._levels for entry in waiting.values())
+        self.soonest = min(left, default=math.inf)
+        return [item for _, item in gone]
+
+    def discard(self, item: T, place: int | None = None) -> None:
+        """Remove one that gave up."""
+        places = range(len(self._levels)) if place is None else (place,)
+        for index in places:
+            if (entry := self._levels[index].pop(item, None)) is not None:
+                # Sums of floats drift; an empty level has no work.
+                self._work[index] = self._work[index] - entry.work if self._levels[index] else 0.0
+        self._backlog = self._backlog and len(self) > 0
+
+    def drain(self) -> list[T]:
+        """Remove all, in the order they would have been served in."""
+        items = [item for waiting in self._levels for item in waiting]
+        for item in items:
+            self.discard(item)
+        return items
+
+    def _first(self) -> tuple[int, T] | None:
+        for place, waiting in enumerate(self._levels):
+            if waiting:
+                return place, next(iter(waiting))
+        return None
+
+    def _place(self, level: int) -> int:
+        return min(level or self.limits.default_level, self.limits.levels) - 1
+
+    def _least_urgent(self) -> int:
+        return max((place for place, waiting in enumerate(self._levels) if waiting), default=0)
+
+    def _make_room(self) -> T:
+        least = self._least_urgent()
+        youngest = next(reversed(self._levels[least]))
+        self.discard(youngest, least)
+        return youngest
+
+    def _wait(self, place: int, work: float) -> float:
+        """Seconds until a request of this priority would be answered; 0 while nothing waits or is known."""
+        if not (self._backlog and self._learned_work):
+            return 0.0
+        pace = self._pace
+        ahead = sum(self._work[: place + 1]) + work
+        # What was taken last is being served: either it still needs a while, or it is late, and what comes
+        # behind it is going to be no earlier.
+        current = abs(self._clock() - self._taken_at - self._taken_work * pace)
+        return ahead * pace + current
+
+    @property
+    def _pace(self) -> float:
+        """Seconds for a unit of work; 0 while that is not known."""
+        return self._learned_seconds / self._learned_work if self._learned_work else 0.0
+
+    def _learn(self, work: float, seconds: float) -> None:
+        kept = math.exp(-seconds / _RATE_SECONDS)
+        self._learned_work = self._learned_work * kept + work
+        self._learned_seconds = self._learned_seconds * kept + seconds
+
+
+def displaced() -> Busy:
+    """What the sender of a request is told that gave up its place."""
+    return Busy("the queue is full: more urgent requests took the places; try again later", "displaced")
+
+
+def expired(limits: Limits) -> Busy:
+    """What the sender of a request is told whose time ran out."""
+    return Busy(
+        f"the wait was too long: the deadline is {limits.deadline_s * 1000:.0f} ms after arrival, or the "
+        "request's own timeout; try again later",
+        "expired",
+    )
+
+
+def unloading() -> Busy:
+    """What the sender of a request is told whose model goes away."""
+    return Busy("the model is being unloaded", "unloading")

@@ -1,0 +1,206 @@
+"""Batches of an encoder's requests: what does not fit into one waits in a queue of our own.
+
+Requests that an idle model can answer in one batch are answered while Triton waits: that costs least. What is
+more is taken in at once and answered by a thread, so that how much waits, for how long and in which order is
+decided here. Triton's own queue policies would cost more: with any of them Triton 2.51 leaves a request in an
+idle queue for up to 500 ms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy.typing as npt
+
+from triton_repo.runtime.admission import AdmissionQueue, Busy, Limits, displaced, expired, unloading
+from triton_repo.runtime.exchange import Answer, Cancelled, explain
+from triton_repo.runtime.metrics import Snapshot, Tally
+
+Inputs = Mapping[str, npt.NDArray[Any]]
+
+# To ask whether a client has gone is a round trip to the server process: worth it where a request waited.
+_LONG_WAIT_S = 0.25
+# What a row costs beside its characters, in characters.
+_ROW_CHARACTERS = 32
+
+
+class Exchanges(Protocol):
+    """Where one answer goes, and whether anyone waits for it; `runtime.exchange.Exchange` is one."""
+
+    def send(self, answer: Answer) -> None: ...
+
+    def is_gone(self) -> bool: ...
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One request: its input tensors, its urgency (`level` 0: the default) and its own limit in seconds."""
+
+    inputs: Inputs
+    level: int = 0
+    timeout_s: float = math.inf
+    arrived: float = 0.0
+    exchange: Exchanges | None = None  # of one that waits
+
+    @property
+    def rows(self) -> int:
+        """Texts, or passages: what a run of the engine has a limit of."""
+        return max(tensor.size for tensor in self.inputs.values())
+
+
+class Answers(Protocol):
+    """Inputs of a batch of requests to their answers, in order; `EncoderService` is one.
+
+    max_rows: how many rows a batch should have at most; most_characters: how many of a text are read at most.
+    """
+
+    max_rows: int
+    most_characters: int
+
+    def answer(self, requests: Sequence[Inputs]) -> Sequence[Answer]: ...
+
+    def snapshot(self) -> Snapshot: ...
+
+
+class Batcher:
+    """Answers tickets in batches: at once, or later from a thread of its own. `clock` gives monotonic
+    seconds."""
+
+    def __init__(self, service: Answers, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+        self._service = service
+        self._clock = clock
+        self._queue: AdmissionQueue[Ticket] = AdmissionQueue(limits, clock)
+        self._changed = threading.Condition()
+        self._closing = False
+        self._busy = False  # the thread computes
+        self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
+        self._tally = Tally()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def answer_now(self, tickets: Sequence[Ticket]) -> list[Answer] | None:
+        """The answers, in order; None when others are before them or they are too many for one batch.
+
+        For the thread that also calls `submit`: whatever comes meanwhile waits for it to return.
+        """
+        with self._changed:
+            if self._busy or self._queue or sum(ticket.rows for ticket in tickets) >= self._service.max_rows:
+                return None
+        arrived = self._clock()
+        answers = self._answers(tickets)
+        for answer in answers:
+            self._tally.queue.observe(0.0)
+            self._count(answer, arrived)
+        return answers
+
+    def submit(self, tickets: Sequence[tuple[Ticket, Exchanges]]) -> None:
+        """Take them in or send them away; returns at once."""
+        rejected: list[tuple[Ticket, Busy]] = []
+        with self._changed:
+            for ticket, exchange in tickets:
+                ticket.arrived, ticket.exchange = self._clock(), exchange
+                try:
+                    if self._closing:
+                        raise unloading()
+                    gave_up = self._queue.offer(
+                        ticket, level=ticket.level, work=self._work(ticket), timeout_s=ticket.timeout_s
+                    )
+                except Busy as error:
+                    rejected.append((ticket, error))
+                    continue
+                if gave_up is not None:
+                    rejected.append((gave_up, displaced()))
+            self._changed.notify()
+        for ticket, reason in rejected:
+            self._end(ticket, reason)
+
+    def refuse(self, error: Exception) -> None:
+        """Count a request that could not be made a ticket of."""
+        self._tally.end(error)
+
+    def snapshot(self) -> Snapshot:
+        """What happened so far, and how many wait now."""
+        return {"queue_requests": len(self._queue), **self._tally.snapshot(), **self._service.snapshot()}
+
+    def close(self) -> None:
+        """Answer what is being computed, send the rest away, and stop the thread."""
+        with self._changed:
+            self._closing = True
+            left = self._queue.drain()
+            self._changed.notify()
+        self._thread.join()
+        for ticket in left:
+            self._end(ticket, unloading())
+
+    def _work(self, ticket: Ticket) -> float:
+        """In characters (bytes, that is), which are known before anything is tokenized."""
+        return sum(
+            _ROW_CHARACTERS + min(len(text), self._service.most_characters)
+            for tensor in ticket.inputs.values()
+            for text in tensor.flat
+        )
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._busy = False
+                while not (self._queue or self._closing):
+                    self._changed.wait()
+                if self._closing:
+                    return
+                self._busy = True
+                late = self._queue.expired()
+                batch = self._next_batch()
+            for ticket in late:
+                self._end(ticket, expired(self._queue.limits))
+            self._serve(batch)
+
+    def _next_batch(self) -> list[Ticket]:
+        rows = 0
+
+        def fits(ticket: Ticket) -> bool:
+            nonlocal rows
+            rows += ticket.rows
+            return rows <= self._service.max_rows or rows == ticket.rows
+
+        return self._queue.take(fits)
+
+    def _serve(self, batch: Sequence[Ticket]) -> None:
+        started = self._clock()
+        here = [ticket for ticket in batch if not self._has_left(ticket, started)]
+        for ticket in here:
+            self._tally.queue.observe(started - ticket.arrived)
+        for ticket, answer in zip(here, self._answers(here), strict=True):
+            self._end(ticket, answer)
+
+    def _answers(self, tickets: Sequence[Ticket]) -> list[Answer]:
+        try:
+            return list(self._service.answer([ticket.inputs for ticket in tickets])) if tickets else []
+        except Exception as error:  # a fault of ours; every request is answered all the same
+            return [explain(error)] * len(tickets)
+
+    def _has_left(self, ticket: Ticket, now: float) -> bool:
+        if now - ticket.arrived < _LONG_WAIT_S or ticket.exchange is None or not ticket.exchange.is_gone():
+            return False
+        self._tally.cancel()
+        with contextlib.suppress(Exception):
+            ticket.exchange.send(Cancelled("the request was cancelled"))
+        return True
+
+    def _end(self, ticket: Ticket, answer: Answer) -> None:
+        try:
+            if ticket.exchange is not None:
+                ticket.exchange.send(answer)
+        except Exception as error:  # Triton's, without a class of its own; the client has been told
+            answer = error
+        self._count(answer, ticket.arrived)
+
+    def _count(self, answer: Answer, arrived: float) -> None:
+        self._tally.end(answer if isinstance(answer, Exception) else None, self._clock() - arrived)
