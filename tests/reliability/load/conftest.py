@@ -9,13 +9,10 @@ import load_served as served
 import pytest
 from load_figures import outcomes
 from load_generator import ANSWERED, generator
-from load_plan import Capacity, Range
+from load_plan import CAPACITY_S, Capacity, Range
 
 from build_engines.errors import ServerError
 from triton_repo.installation import find_installation
-
-CAPACITY_S = 20.0
-
 
 def seconds(name: str, default: int) -> float:
     return float(os.environ.get(name) or default)

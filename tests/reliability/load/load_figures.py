@@ -30,7 +30,7 @@ class Promise:
 
 @dataclass(slots=True)
 class Report:
-    """Figures and promises of one run; `finish` prints them, writes the JSON and fails on a broken promise."""
+    """Figures and promises of one run; `finish` prints and writes them, and fails on a broken promise."""
 
     name: str
     figures: dict[str, Any] = field(default_factory=dict)
@@ -68,10 +68,8 @@ def lost(records: Sequence[Record]) -> float:
 
 def work_rate(records: Iterable[Record], work: Callable[[Record], int], begin: float, end: float) -> float:
     """Work per second of the requests that were answered between two times since the run's start."""
-    done = sum(
-        work(record) for record in records if record.outcome == ANSWERED and begin <= record.at + record.done < end
-    )
-    return done / (end - begin)
+    answered = (record for record in records if record.outcome == ANSWERED)
+    return sum(work(r) for r in answered if begin <= r.at + r.done < end) / (end - begin)
 
 
 @dataclass(frozen=True, slots=True)

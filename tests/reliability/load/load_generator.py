@@ -153,14 +153,15 @@ class _Run:
         send: Callable[[Shot], Awaitable[tuple[str, float]]] = self._streamed if shot.stream else self._asked
         sent = time.perf_counter() - intended
         pauses = iter(_PAUSES_S if retries else ())
-        for tries in itertools.count(1):
-            outcome, first = await send(shot)
-            if not outcome.startswith(REJECTED) or (pause := next(pauses, None)) is None:
-                break
+        outcome, first = await send(shot)
+        tries = 1
+        while outcome.startswith(REJECTED) and (pause := next(pauses, None)) is not None:
             await asyncio.sleep(pause * random.uniform(0.5, 1.5))
-        done = time.perf_counter()
-        outcome = sys.intern(outcome)
-        self._records.append(Record(place, at, sent, (first or done) - intended, done - intended, outcome, tries))
+            outcome, first = await send(shot)
+            tries += 1
+        done = time.perf_counter() - intended
+        came = first - intended if first else done
+        self._records.append(Record(place, at, sent, came, done, sys.intern(outcome), tries))
         return outcome
 
     async def _asked(self, shot: Shot) -> tuple[str, float]:

@@ -1,4 +1,4 @@
-"""The server seen from outside while a load is on it: memory, shared memory, descriptors, processor time, gauges."""
+"""The server seen from outside under load: memory, shared memory, descriptors, processor time, gauges."""
 
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ class Observer:
 
     def queue(self, gauge: str, model: str, begin: float, end: float) -> list[float]:
         """A gauge's values between two times."""
-        return [sample.queues.get((gauge, model), 0.0) for sample in self.samples if begin <= sample.at <= end]
+        samples = (sample for sample in self.samples if begin <= sample.at <= end)
+        return [sample.queues.get((gauge, model), 0.0) for sample in samples]
 
     def _run(self) -> None:
         due = time.monotonic() + self.every_s
@@ -88,8 +89,8 @@ class Observer:
         resident = {name: resident_mib(pid) or 0.0 for name, pid in self._pids.items()}
         descriptors = {name: len(os.listdir(f"/proc/{pid}/fd")) for name, pid in self._pids.items()}
         cpu = {name: _cpu_s(pid) for name, pid in self._pids.items()}
-        shared = shared_mib(self._pids[SERVER])
-        return Sample(time.monotonic(), resident, descriptors, cpu, shared, gauges(self.server.urls["metrics"]))
+        shared, queues = shared_mib(self._pids[SERVER]), gauges(self.server.urls["metrics"])
+        return Sample(time.monotonic(), resident, descriptors, cpu, shared, queues)
 
 
 def processes(server: Server) -> dict[str, int]:

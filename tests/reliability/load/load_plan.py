@@ -4,7 +4,6 @@ rates are shares of."""
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -14,18 +13,20 @@ import load_pool as pool
 from load_figures import milliseconds, outcomes, work_rate
 from load_generator import ANSWERED, Loop, Plan, Record, Result
 from load_observer import SERVER, Observer
-from load_served import DEADLINE_MS, ENCODERS, LLM, MODELS
+from load_served import ENCODERS, LLM, MODELS
 from load_work import Shot
 
 from client.bench.loadgen import arrivals as poisson
 from triton_repo.server import Server
 
-Kind = Literal["usual", "urgent", "left", "refused", "doomed"]
+Kind = Literal["usual", "urgent", "left", "refused", "unreadable"]
 Arrivals = list[tuple[float, int]]
+Groups = Sequence[tuple[Sequence[int], int]]  # places in the shots, and how many callers take turns at them
 
 # Callers of the closed loop: enough that requests always wait, and no more than the queues hold.
 _CALLERS = dict.fromkeys(ENCODERS, 16) | {LLM: 16}
 _WARM_UP_S = 5.0
+CAPACITY_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class Range:
             usual = pool.answered(model, rng)
             self._add("usual", usual)
             self._add("urgent", pool.urgent(usual))
-            self._add("doomed", [pool.doomed(usual[0])])
+            self._add("unreadable", [pool.unreadable(usual[0])])
             self._add("left", pool.left(usual))
         self._add("refused", pool.refused())
 
@@ -76,12 +77,14 @@ class Range:
 
     def open(self, arrivals: Arrivals, *, retries: bool = False) -> Future[Result]:
         """Send at these times, in the generator's process."""
-        return self.submit(
-            Plan(address=self.server.urls["grpc"], shots=self.shots, arrivals=sorted(arrivals), retries=retries)
-        )
+        address = self.server.urls["grpc"]
+        ordered = sorted(arrivals)
+        return self.submit(Plan(address=address, shots=self.shots, arrivals=ordered, retries=retries))
 
-    def closed(self, groups: Sequence[tuple[Sequence[int], int]], seconds: float, *, once: bool = False) -> Result:
-        loop = Loop(address=self.server.urls["grpc"], shots=self.shots, groups=groups, seconds=seconds, once=once)
+    def closed(self, groups: Groups, seconds: float, *, once: bool = False) -> Result:
+        """Callers that wait for their answers, for so many seconds or until each shot was sent `once`."""
+        address = self.server.urls["grpc"]
+        loop = Loop(address=address, shots=self.shots, groups=groups, seconds=seconds, once=once)
         return self.submit(loop).result()
 
     def arrivals(
@@ -114,7 +117,7 @@ class Range:
         return Capacity(
             requests={model: len(found) / seconds for model, found in answered.items()},
             work={m: work_rate(found, self.work, begin, end) for m, found in answered.items()},
-            p50_ms={m: milliseconds((record.first for record in found), 0.5) for m, found in answered.items()},
+            p50_ms={m: milliseconds((r.first for r in found), 0.5) for m, found in answered.items()},
             cpu={n: seen.cpu_s(n, result.began + begin, result.began + end) / seconds for n in names},
             rejected=len(records) - outcomes(records)[ANSWERED],
         )

@@ -1,25 +1,24 @@
-"""The requests of a run with their expected answers, which the runtime gives here, in process, one at a time."""
+"""The requests of a run with their expected answers: given by the runtime in process, one at a time."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import load_served as served
 import numpy as np
-from load_work import HIGH, PRIORITY, USUAL, Expected, Refusal, Shot, Tensors, Tokens, payload
+from load_work import HIGH, PRIORITY, Refusal, Shot, Tensors, Tokens, payload
 
 from calibration.samples import load_groups, load_texts
 from client import codec
 from client.codec import Array
-from client.generate import OUTPUTS, Prompt, parameters, request_inputs
+from client.generate import Prompt, parameters, request_inputs
 
 _ENCODER_REQUESTS = 64
 _STREAMS = 40
-_MOST_WORDS = 120
+_MOST_WORDS = 60
 _LEFT_AFTER = 4
 # Beside how many whole streams there is one whose client goes away.
 _LEFT_SHARE = 4
@@ -35,12 +34,15 @@ def answered(model: str, rng: random.Random) -> list[Shot]:
 
 def urgent(shots: Sequence[Shot]) -> list[Shot]:
     """The same requests with priority 1, as a client asks for it: by a parameter of the request."""
-    return [replace(shot, payload=_with_priority(shot.payload, HIGH), priority=HIGH) for shot in shots]
+    return [
+        replace(shot, payload=_with_parameter(shot.payload, PRIORITY, HIGH), priority=HIGH) for shot in shots
+    ]
 
 
-def doomed(shot: Shot) -> Shot:
-    """The request with a timeout of a microsecond, which no server can keep: it is rejected when it arrives."""
-    return replace(shot, payload=_with_parameter(shot.payload, "timeout", 1))
+def unreadable(shot: Shot) -> Shot:
+    """The request with a priority that there is not: refused where a rejected one is rejected."""
+    refusal = Refusal("" if shot.stream else "INVALID_ARGUMENT", r"'onecard_priority' is -1; .*")
+    return replace(shot, payload=_with_parameter(shot.payload, PRIORITY, -1), expected=refusal)
 
 
 def left(streams: Sequence[Shot]) -> list[Shot]:
@@ -59,15 +61,20 @@ def refused() -> list[Shot]:
     cases: list[tuple[str, Inputs, str, str]] = [
         (vector, {"text": codec.text_column([b""])}, bad, r"'text' is empty"),
         (vector, {"text": codec.text_column([b"good", b" \t "])}, bad, r"'text' 1 is blank"),
-        (label, {"text": codec.text_column([b"bad \xff"])}, bad, r"'text' is not valid UTF-8 \(byte 0xff at 4: .*\)"),
+        (label, {"text": codec.text_column([b"bad \xff"])}, bad, r"'text' is not valid UTF-8 \(byte 0xff.*"),
         (order, _pair(b"which?", [b"this", b""]), bad, r"'passages' 1 is empty"),
-        ("nobody", {"text": codec.text_column([b"a"])}, "NOT_FOUND", r"Request for unknown model: 'nobody' .*"),
+        ("nobody", {"text": codec.text_column([b"a"])}, "NOT_FOUND", r"Request for unknown model: .*"),
         (served.LLM, _stream(b"a", max_tokens=0), none, r"'max_tokens' .*"),
         (served.LLM, _stream(b"a " * 2000, max_tokens=4), none, r"the prompt has .* tokens.*"),
         (served.LLM, _stream(b"\xff", max_tokens=4), none, r"'text' is not valid UTF-8 .*"),
     ]
     return [
-        Shot(model=model, payload=payload(model, inputs), expected=Refusal(code, pattern), stream=model == served.LLM)
+        Shot(
+            model=model,
+            payload=payload(model, inputs),
+            expected=Refusal(code, pattern),
+            stream=model == served.LLM,
+        )
         for model, inputs, code, pattern in cases
     ]
 
@@ -95,11 +102,12 @@ def _encoded(model: str, rng: random.Random) -> list[Shot]:
 
 
 def _encoder_inputs(model: str, rng: random.Random) -> Iterator[Inputs]:
-    """Texts of 3 to 120 words, short ones more often; one in three requests has several."""
+    """Texts of 3 to 60 words, short ones more often; one request in three has several."""
     if model == "order":
         groups = load_groups("bundled:ranking:evaluation", limit=_ENCODER_REQUESTS)
         for group in groups:
-            yield _pair(group.query.encode(), [text.encode() for text in group.passages[: rng.choice((2, 3, 6))]])
+            passages = group.passages[: rng.choice((2, 3))]
+            yield _pair(group.query.encode(), [text.encode() for text in passages])
         return
     words = [word for review in load_texts("bundled:reviews:evaluation") for word in review.text.split()]
     for _ in range(_ENCODER_REQUESTS):
@@ -139,10 +147,6 @@ def _stream(text: bytes, *, max_tokens: int) -> Inputs:
     settings = parameters({"temperature": 0.0, "ignore_eos": True})
     settings["max_tokens"] = np.array([max_tokens], np.int32)  # unchecked: some are to be refused
     return request_inputs(Prompt("text", text), settings, stream=True)
-
-
-def _with_priority(sent: bytes, level: int) -> bytes:
-    return _with_parameter(sent, PRIORITY, level)
 
 
 def _with_parameter(sent: bytes, name: str, value: int) -> bytes:

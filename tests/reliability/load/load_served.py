@@ -1,4 +1,4 @@
-"""The stack that the load is put on: three encoders of MiniLM's size and a random Llama, built once, served."""
+"""The stack that the load is put on: three encoders of MiniLM's size and a random Llama."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LLM = "talk"
 MODELS = (*ENCODERS, LLM)
 
 # Deadlines are from a request's arrival to its answer, of the LLM to its first token.
-DEADLINE_MS = dict.fromkeys(ENCODERS, 1000) | {LLM: 2000}
+DEADLINE_MS = dict.fromkeys(ENCODERS, 2000) | {LLM: 3000}
 MAX_SIZE = dict.fromkeys(ENCODERS, 64) | {LLM: 32}
 SLOTS = 8
 CAPACITY = 256

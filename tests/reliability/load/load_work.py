@@ -94,13 +94,10 @@ class Shot:
     leave_after: int = 0
 
 
-def payload(model: str, inputs: Mapping[str, Array], *, outputs: tuple[str, ...] = (), **numbers: int) -> bytes:
-    """A serialized request; `numbers` are its parameters."""
-    request = InferRequest(model=model, inputs=inputs, outputs=outputs, request_id="")
-    message = stream_message(request)
-    for name, value in numbers.items():
-        message.parameters[name].int64_param = value
-    made: bytes = message.SerializeToString(deterministic=True)
+def payload(model: str, inputs: Mapping[str, Array]) -> bytes:
+    """A serialized request, of either kind of call."""
+    request = InferRequest(model=model, inputs=inputs, outputs=(), request_id="")
+    made: bytes = stream_message(request).SerializeToString(deterministic=True)
     return made
 
 

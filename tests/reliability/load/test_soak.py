@@ -1,4 +1,4 @@
-"""A long mixed load: encoders, streams, clients that go away, bad requests, bursts. Nothing fails, nothing grows.
+"""A long mixed load: encoders, streams, clients that leave, bad requests, bursts. Nothing fails or grows.
 
 `make soak SECONDS=180` is the short form; half an hour is the whole.
 """
@@ -82,7 +82,8 @@ def hold_outcomes(report: Report, field: Range, records: list[Record]) -> None:
     rows = []
     for model in MODELS:
         mine = [r.first for r in field.of(records, model) if r.outcome == ANSWERED]
-        rows.append((model, str(len(mine)), f"{milliseconds(mine, 0.5):.0f} / {milliseconds(mine, 0.99):.0f}"))
+        times = f"{milliseconds(mine, 0.5):.0f} / {milliseconds(mine, 0.99):.0f}"
+        rows.append((model, str(len(mine)), times))
     print_table(("model", "answered", "p50 / p99 ms"), rows)
     found = outcomes(records)
     print(f"  {found[REFUSED]} bad requests refused, {found[LEFT]} streams left, {again} requests sent again")
@@ -107,7 +108,8 @@ def hold_flat(report: Report, samples: list[Sample]) -> None:
     for series in FLAT_SERIES:
         found = trend(times, [series.of(sample) for sample in samples])
         text = f"{found.median:.1f} {series.unit}".strip()
-        text += f", at most {found.spread:.2%} from it, {found.drift:+.2%} by the line ({found.per_hour:+.2f} an hour)"
+        text += f", at most {found.spread:.2%} from it, {found.drift:+.2%} by the line "
+        text += f"({found.per_hour:+.2f} an hour)"
         kept = found.spread <= FLAT and abs(found.drift) <= FLAT
         report.hold(f"{series.name} flat within {FLAT:.0%}", text, kept)
     report.figures["resident_mib"] = {
