@@ -14,6 +14,7 @@ from load_plan import CAPACITY_S, Capacity, Range
 from build_engines.errors import ServerError
 from triton_repo.installation import find_installation
 
+
 def seconds(name: str, default: int) -> float:
     return float(os.environ.get(name) or default)
 

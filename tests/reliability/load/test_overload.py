@@ -1,4 +1,4 @@
-"""Three times the capacity, open loop, on encoders and LLM together: the accepted are in time, the rest is told.
+"""Three times the capacity, open loop, encoders and LLM together: the accepted are in time, the rest is told.
 
 `make soak OVERLOAD_SECONDS=20` is the short form; 120 seconds is the whole.
 """
