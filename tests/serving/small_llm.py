@@ -208,14 +208,17 @@ def quiet(address: str, model: str) -> dict[str, float]:
     """The metrics once nothing runs; they are up to a second old."""
     deadline, since = time.monotonic() + 20, time.monotonic()
     found = metrics(address, model)
-    while time.monotonic() - since < 1.3:
+    while "slots_active" not in found or time.monotonic() - since < 1.3:
         assert time.monotonic() < deadline, f"still busy: {found}"
         time.sleep(0.1)
         last, found = found, metrics(address, model)
         # The rate is an average over some seconds, which go by without a request too.
-        if any(last[name] != found[name] for name in found.keys() - {"tokens_per_second", "resident_bytes"}):
+        if any(
+            last[name] != found[name]
+            for name in last.keys() - {"tokens_per_second", "resident_bytes", "reported_timestamp_seconds"}
+        ):
             since = time.monotonic()
-        if found["slots_active"] or found["queue_requests"]:
+        if found.get("slots_active") or found.get("queue_requests"):
             since = time.monotonic()
     return found
 
