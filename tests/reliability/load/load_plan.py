@@ -23,8 +23,8 @@ Kind = Literal["usual", "urgent", "left", "refused", "unreadable"]
 Arrivals = list[tuple[float, int]]
 Groups = Sequence[tuple[Sequence[int], int]]  # places in the shots, and how many callers take turns at them
 
-# Callers of the closed loop: enough that requests always wait, and no more than the queues hold.
-_CALLERS = dict.fromkeys(ENCODERS, 16) | {LLM: 16}
+# Callers of the closed loop: enough that requests always wait, and few enough that none waits for too long.
+_CALLERS = dict.fromkeys(ENCODERS, 8) | {LLM: 12}
 _WARM_UP_S = 5.0
 CAPACITY_S = 20.0
 
