@@ -215,8 +215,9 @@ def test_pieces_pass_as_they_come_and_leaving_frees_the_slot(
     url = f"{scheme}://127.0.0.1:{talking_proxy.port}"
     options: dict[str, Any] = {"model": "talk", "ignore_eos": True, "timeout": 20}
     with Client(url, retry=ONCE, token=TOKEN, ca=authority) as client:
+        client.generate("a", max_tokens=1, **options)
         start = time.perf_counter()
-        with client.stream("a", max_tokens=400, **options) as stream:
+        with client.stream("a", max_tokens=2000, **options) as stream:
             next(stream)
             first = time.perf_counter() - start
             pieces = sum(1 for _ in stream)
