@@ -33,14 +33,15 @@ def replaced_folder(out: Path, ours: str | None = None) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     with locked(out.parent / f".{out.name}.lock", f"{out} is being written by another process"):
         for leftover in out.parent.glob(f".{out.name}.aside-*"):
-            shutil.rmtree(leftover)
+            _remove(leftover)
         aside = out.parent / f".{out.name}.aside-{os.getpid()}"
         aside.mkdir()
         try:
             yield aside
             _swap(aside, out)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                _remove(aside)
 
 
 def _require_ours(out: Path, ours: str) -> None:
@@ -53,12 +54,15 @@ def _require_ours(out: Path, ours: str) -> None:
         )
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file aside and rename it."""
+def write_text(path: Path, text: str, *, mode: int = 0o666) -> None:
+    """Write a file aside and rename it. `mode` less the umask holds from the first moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.aside-{os.getpid()}")
     try:
-        aside.write_text(text, encoding="utf-8")
+        aside.unlink(missing_ok=True)
+        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
@@ -78,7 +82,9 @@ def link_or_copy(source: Path, destination: Path) -> None:
 @contextlib.contextmanager
 def locked(path: Path, busy: str) -> Iterator[None]:
     """Hold the lock file `path`; BusyError(`busy`) if another process does. A dead holder's lock is free."""
-    with path.open("w") as file:
+    # Not through a link that somebody put there: what it leads to would be made, or held.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    with open(descriptor, "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -86,9 +92,17 @@ def locked(path: Path, busy: str) -> Iterator[None]:
         yield
 
 
+def _remove(path: Path) -> None:
+    """A folder with all that is in it; of a link the link alone."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
 def _swap(aside: Path, out: Path) -> None:
     """Put `aside` in the place of `out`; what was there ends up in `aside`."""
-    if not out.exists():
+    if not os.path.lexists(out):
         aside.rename(out)
         return
     if not _exchange(aside, out):

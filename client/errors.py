@@ -63,7 +63,7 @@ class UnknownModel(ClientError):
 
 class ModelNotReady(ClientError):
     exit_code = 33
-    retryable = True  # nothing was computed, and it may be on its way back
+    retryable = True  # refused before it was computed: the model is being loaded, or the server stopped
 
 
 class Unreachable(ClientError):

@@ -128,9 +128,9 @@ def test_siblings_have_distinct_exit_codes() -> None:
 
 def test_only_failures_before_any_computation_are_retryable() -> None:
     assert {cls.__name__ for cls in classes() if cls.retryable} == {
+        "ModelNotReady",
         "Unreachable",
         "ConnectionLost",
-        "ModelNotReady",
         "Overloaded",
         "QueueFull",
         "QueueTimeout",
