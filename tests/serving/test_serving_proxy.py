@@ -21,6 +21,7 @@ import grpc
 import pytest
 import tritonclient.grpc
 from click.testing import CliRunner
+from nginx_proxy import NGINX, OPENSSL, Proxy, write_authority
 from small_llm import quiet
 from small_models import LABELS, Served
 from tritonclient.utils import InferenceServerException
@@ -38,7 +39,6 @@ from client import (
 )
 from client.cli import main
 from triton_repo.running import ADMIN_HEADER
-from proxy import NGINX, OPENSSL, Proxy, write_authority
 
 pytestmark = [
     pytest.mark.serving,
