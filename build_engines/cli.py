@@ -181,6 +181,55 @@ def verify_digests(path: Path, build_dir: Path | None, as_json: bool) -> None:
         console.print(f"{folder}: {shown}", markup=False, soft_wrap=True)
 
 
+@main.command()
+@click.argument("stack", type=click.Path(path_type=Path), required=False)
+@build_dir_option
+@click.option("--online", is_flag=True, help="Ask the hub for checkpoints that are not fetched yet.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where a server would listen.")
+@click.option(
+    "--ports",
+    type=(click.IntRange(1, 65535), click.IntRange(1, 65535), click.IntRange(1, 65535)),
+    default=(8000, 8001, 8002),
+    show_default=True,
+    metavar="HTTP GRPC METRICS",
+    help="On which ports.",
+)
+@json_option
+@fail_cleanly
+def doctor(
+    stack: Path | None,
+    build_dir: Path | None,
+    online: bool,
+    host: str,
+    ports: tuple[int, int, int],
+    as_json: bool,
+) -> None:
+    """Is everything here that building and serving need, and if not, what to do? Changes nothing.
+
+    With STACK also its file, checkpoints, plan, engines, repository and server. Files are looked at by size
+    and record, not read whole. Ends with 0 unless there is a problem, then with the exit code of its kind.
+
+    \b
+    Example:
+      build-engines doctor stacks/demo.toml
+      build-engines doctor --json --ports 9000 9001 9002
+    """
+    from build_engines import findings
+    from build_engines.doctor import examine_machine
+    from build_engines.doctor_stack import Examined, examine_stack
+    from triton_repo.doctor import examine_server
+
+    known = examine_stack(stack, build_dir, online=online) if stack else Examined([])
+    folder = known.stack.build_dir if known.stack else build_dir or Path("build")
+    found = examine_machine(folder, known.needs, known.stack, known.plan)
+    found += examine_server(host, ports, known.stack) + known.findings
+    if as_json:
+        print_json(findings.as_dict(found))
+    else:
+        wide_console().print(findings.render(found))
+    findings.require_no_problem(found)
+
+
 @main.command("demo-models")
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @fail_cleanly

@@ -75,7 +75,7 @@ def fetch_model(
 def _fetch(model: Model, dest: Path, offline: bool, progress: Progress | None) -> Fetched:
     if model.source_dir is not None:
         return _from_folder(model, model.source_dir, dest)
-    present = _read_record(model, dest)
+    present = present_checkpoint(model, dest)
     if present is not None:
         return present
     with _lock(dest):
@@ -85,14 +85,20 @@ def _fetch(model: Model, dest: Path, offline: bool, progress: Progress | None) -
 
 
 def _from_folder(model: Model, source: Path, dest: Path) -> Fetched:
-    names = needed_files(model, folder_files(source))
-    _refuse_named_code(model, source, names)
+    names = check_folder(model, source)
     if any(name.endswith(CONVERTIBLE_SUFFIXES) for name in names):
         with _lock(dest):
             return _publish(model, source, names, dest, origin="converted", commit=None)
     digests = {name: sha256(source / name) for name in names}
     size = sum((source / name).stat().st_size for name in names)
     return Fetched(path=source, origin="folder", commit=None, size=size, digests=digests)
+
+
+def check_folder(model: Model, source: Path) -> list[str]:
+    """The files of the user's folder that are taken, none of them read whole. Raises FetchError."""
+    names = needed_files(model, folder_files(source))
+    _refuse_named_code(model, source, names)
+    return names
 
 
 def _config_name(names: list[str]) -> str:
@@ -108,7 +114,7 @@ def _refuse_named_code(model: Model, folder: Path, names: list[str]) -> None:
 
 def _from_hub(model: Model, dest: Path, progress: Progress) -> Fetched:
     repository = read_repository(model.source, model.revision)
-    names = needed_files(model, {name: file.size for name, file in repository.files.items()})
+    names = needed_files(model, repository.sizes)
     partial = _partial_folder(dest, repository)
     config = _config_name(names)
     total = sum(repository.files[name].size for name in names)
@@ -225,7 +231,7 @@ def _identity(model: Model) -> dict[str, Any]:
     return {"source": model.source, "revision": model.revision}
 
 
-def _read_record(model: Model, dest: Path) -> Fetched | None:
+def present_checkpoint(model: Model, dest: Path) -> Fetched | None:
     """What an earlier run published, if it is this model's and every file still has its size; else None."""
     try:
         record = json.loads((dest / RECORD).read_bytes())

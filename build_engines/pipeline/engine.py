@@ -22,7 +22,7 @@ from build_engines.cards import PORTABLE_FROM, capability_at_least
 from build_engines.errors import CompileError, GateError
 from build_engines.gates import GateReport
 from build_engines.manifest import MANIFEST, RECORD, digest_of, is_whole, recorded_inputs, write_manifest
-from build_engines.targets.gpu import gpu_compute_capability
+from build_engines.nvidia import gpu_compute_capability
 from triton_repo.runtime.gpu.cuda import DeviceInfo, find_device
 from triton_repo.runtime.session import EngineRefused
 from triton_repo.runtime.texts import EngineFailed

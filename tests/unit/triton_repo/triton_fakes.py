@@ -120,6 +120,11 @@ def fake_triton() -> ModuleType:
     module.Tensor = lambda name, value: (name, value)
     module.families = {}
 
+    def input_tensor(request: Request, name: str) -> _Tensor | None:
+        return next((tensor for tensor in request.inputs() if tensor.name() == name), None)
+
+    module.get_input_tensor_by_name = input_tensor
+
     def family(**fields: Any) -> MetricFamily:
         return module.families.setdefault(fields["name"], MetricFamily(**fields))
 
