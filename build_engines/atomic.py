@@ -54,12 +54,15 @@ def _require_ours(out: Path, ours: str) -> None:
         )
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file aside and rename it."""
+def write_text(path: Path, text: str, *, mode: int = 0o666) -> None:
+    """Write a file aside and rename it. `mode` less the umask holds from the first moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.aside-{os.getpid()}")
     try:
-        aside.write_text(text, encoding="utf-8")
+        aside.unlink(missing_ok=True)
+        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

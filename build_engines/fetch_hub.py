@@ -43,7 +43,7 @@ class Repository:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes of its files, by name."""
+        """Bytes by name."""
         return {name: file.size for name, file in self.files.items()}
 
 

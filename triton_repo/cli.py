@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -20,7 +20,10 @@ from triton_repo.container import IMAGE, docker_command
 from triton_repo.ports import Ports
 from triton_repo.server import Server, ServerOptions
 
-_POLL_S = 0.2
+if TYPE_CHECKING:
+    from triton_repo.supervisor import Supervisor
+
+_POLL_S = 0.1
 
 
 class _Group(click.Group):
@@ -126,9 +129,24 @@ def write(stack: Path, target: str | None, as_json: bool, **options: Any) -> Non
 @click.option(
     "--log", type=click.Path(dir_okay=False, path_type=Path), help="Default: beside the repository."
 )
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="json: one object a line, with request ids.",
+)
+@click.option(
+    "--exit-timeout",
+    type=click.FloatRange(min=0),
+    default=10,
+    show_default=True,
+    help="Seconds that requests in flight get when the server is told to stop.",
+)
+@click.option("--supervise", is_flag=True, help="Bring a dead server back, up to 4 times in 10 minutes.")
 @click.option("--tritonserver", type=click.Path(exists=True, path_type=Path), help="The binary to run.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object once ready.")
-def serve(repository: Path, command: tuple[str, ...], as_json: bool, **options: Any) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object once ready, and at each restart.")
+def serve(repository: Path, command: tuple[str, ...], supervise: bool, as_json: bool, **options: Any) -> None:
     """Serve REPOSITORY (a folder, or a stack file whose repository is written) until interrupted.
 
     With a COMMAND after `--`, run it once the server is ready, with ONECARD_URL_HTTP, ONECARD_URL_GRPC,
@@ -137,7 +155,7 @@ def serve(repository: Path, command: tuple[str, ...], as_json: bool, **options: 
 
     \b
     Examples:
-      triton-repo serve build/demo/repository
+      triton-repo serve build/demo/repository --supervise --log-format json
       triton-repo serve stacks/demo.toml --free-ports -- client bench --quick
     """
     server_options = ServerOptions(
@@ -145,16 +163,19 @@ def serve(repository: Path, command: tuple[str, ...], as_json: bool, **options: 
         ports=Ports(options["http_port"], options["grpc_port"], options["metrics_port"]),
         free_ports=options["free_ports"],
         ready_timeout_s=options["ready_timeout"],
+        exit_timeout_s=options["exit_timeout"],
         log=options["log"],
+        log_format=options["log_format"],
         binary=options["tritonserver"],
     )
     server = Server(_repository(repository), server_options)
+    keeper = _supervisor(server, as_json=as_json) if supervise else None
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         started = time.monotonic()
         _start(server)
         _announce(server, time.monotonic() - started, as_json=as_json)
-        code = _run_command(server, command) if command else _wait(server)
+        code = _run_command(server, command, keeper) if command else _wait(server, keeper)
     except _Terminated:
         code = 0
     finally:
@@ -216,15 +237,7 @@ def _announce(server: Server, seconds: float, *, as_json: bool) -> None:
     """Where it listens. For people on stderr, so that a COMMAND's output stays alone on stdout."""
     words = shlex.join(docker_command(server.repository, server.options))
     if as_json:
-        record = {
-            "pid": server.pid,
-            "urls": server.urls,
-            "models": sorted(server.models),
-            "log": str(server.log),
-            "ready_s": round(seconds, 2),
-            "container": words,
-        }
-        click.echo(json.dumps(record))
+        click.echo(json.dumps(_ready(server, seconds) | {"container": words}))
         return
     click.echo(f"ready after {seconds:.1f} s: {', '.join(sorted(server.models))}", err=True)
     click.echo("  ".join(f"{name} {url}" for name, url in server.urls.items()), err=True)
@@ -232,12 +245,50 @@ def _announce(server: Server, seconds: float, *, as_json: bool) -> None:
     click.echo(f"in NVIDIA's container: {words}", err=True)
 
 
-def _wait(server: Server) -> int:
-    server.wait()
-    raise server.ended_error()
+def _ready(server: Server, seconds: float) -> dict[str, Any]:
+    return {
+        "event": "ready",
+        "pid": server.pid,
+        "urls": server.urls,
+        "models": sorted(server.models),
+        "log": str(server.log),
+        "ready_s": round(seconds, 2),
+    }
 
 
-def _run_command(server: Server, command: tuple[str, ...]) -> int:
+def _supervisor(server: Server, *, as_json: bool) -> Supervisor:
+    from triton_repo.supervisor import Restart, Supervisor
+
+    def announce(restart: Restart) -> None:
+        if restart.ready_s is None:
+            click.echo(f"{restart.fault.message}: starting again in {restart.delay_s:.1f} s", err=True)
+            record = {"event": "restart", "number": restart.number, "reason": restart.fault.message}
+            record |= {"delay_s": restart.delay_s}
+        else:
+            click.echo(f"ready again {restart.down_s:.1f} s after that was noticed", err=True)
+            record = _ready(server, restart.ready_s) | {"down_s": round(restart.down_s, 2)}
+        if as_json:
+            click.echo(json.dumps(record))
+
+    return Supervisor(server, announce)
+
+
+def _watch(server: Server, keeper: Supervisor | None) -> None:
+    """Have a server that no longer serves brought back, or raise why it does not."""
+    fault = keeper.fault() if keeper else server.fault()
+    if fault and keeper:
+        keeper.recover(fault)
+    elif fault:
+        raise fault
+
+
+def _wait(server: Server, keeper: Supervisor | None) -> NoReturn:
+    while True:
+        time.sleep(_POLL_S)
+        _watch(server, keeper)
+
+
+def _run_command(server: Server, command: tuple[str, ...], keeper: Supervisor | None) -> int:
     environment = dict(os.environ)
     environment |= {f"ONECARD_URL_{name.upper()}": url for name, url in server.urls.items()}
     environment["ONECARD_SERVER_PID"] = str(server.pid)
@@ -251,9 +302,8 @@ def _run_command(server: Server, command: tuple[str, ...]) -> int:
             try:
                 code = process.wait(_POLL_S)
             except subprocess.TimeoutExpired:
-                if server.poll() is None:
-                    continue
-                raise server.ended_error() from None
+                _watch(server, keeper)
+                continue
             return code if code >= 0 else 128 - code
     finally:
         if process.poll() is None:

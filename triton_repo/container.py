@@ -9,7 +9,8 @@ from importlib import metadata
 from pathlib import Path
 
 from build_engines.errors import ServerError
-from triton_repo.server import ServerOptions, served_models, uses_cache
+from triton_repo.repository import served_models, uses_cache
+from triton_repo.server import ServerOptions
 
 # Python 3.12 inside, which the served runtime needs (3.11 or newer), and TensorRT 11.
 IMAGE = "nvcr.io/nvidia/tritonserver:26.08-py3"

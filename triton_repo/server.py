@@ -7,8 +7,9 @@ with Server(Path("build/demo/repository"), ServerOptions(free_ports=True)) as se
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import math
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -19,31 +20,40 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Self
 
-from build_engines.errors import RepositoryError, ServerError
-from triton_repo import ports, server_log, shared_memory
-from triton_repo.config_pbtxt import parse
+from build_engines.errors import ServerError
+from triton_repo import ports, running, server_log, shared_memory
 from triton_repo.installation import Installation, find_installation
+from triton_repo.log_file import LogFile, LogFormat
 from triton_repo.ports import Ports
+from triton_repo.processes import ModelProcesses, die_with_parent, hide, how_it_ended
+from triton_repo.repository import all_in_python, served_models, uses_cache
+from triton_repo.running import Running
 
-_PR_SET_PDEATHSIG = 1
 _POLL_S = 0.05
-_EXIT_TIMEOUT_S = 10
 _ATTEMPTS = 4
+# Triton 2.51 that reaches its own exit timeout may crash and hang instead of ending, so we are there first.
+_TRITON_LATER_S = 5
+# What changes the server or writes where its caller says: these need the admin key. Health, metadata, model
+# configurations, inference, statistics and metrics stay open.
+RESTRICTED = ("model-repository", "shared-memory", "trace", "logging")
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerOptions:
-    """How to serve. `free_ports` overrides the three ports; `log` None means a file beside the repository."""
+    """How to serve. `free_ports` overrides the three ports; `log` None means a file beside the repository;
+    `exit_timeout_s` is what requests in flight get when the server is told to stop."""
 
     host: str = "127.0.0.1"
     ports: Ports = field(default_factory=Ports)
     free_ports: bool = False
     ready_timeout_s: float = 300.0
+    exit_timeout_s: float = 10.0
     log: Path | None = None
+    log_format: LogFormat = "text"
     binary: Path | None = None
     cache_mib: int = 64
     verbose: int = 0
@@ -60,7 +70,11 @@ class Server:
         self.ports = self.options.ports
         self.log = self.options.log or self.repository.parent / "tritonserver.log"
         self._process: subprocess.Popen[bytes] | None = None
+        self._processes: ModelProcesses | None = None
+        self._log_file: LogFile | None = None
+        self._in_python = False
         self._prefix = ""
+        self._key = ""
         self._work: Path | None = None
 
     @property
@@ -73,31 +87,30 @@ class Server:
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.options.host, self.options.host)
         return {name: f"{host}:{port}" for name, port in self.ports.named().items()}
 
+    @property
+    def admin_header(self) -> tuple[str, str]:
+        """Name and value of the header (gRPC: of the metadata) that opens the restricted APIs."""
+        return running.ADMIN_HEADER, self._key
+
     def start(self, progress: Progress | None = None) -> Self:
         """Start and wait until every model is ready; `progress(ready, total)` is called as they load.
 
         Raises ServerError: nothing to serve with, a port taken, a model that failed to load and why, or not
         ready in time. Nothing is left running then.
         """
-        shared_memory.remove_stale()
-        shared_memory.check_room(sum(self.models.values()))
-        self._work = Path(tempfile.mkdtemp(prefix="onecard-server-"))
-        try:
-            installation = find_installation(self._work, self.options.binary)
-            for attempt in range(_ATTEMPTS):
-                self._choose_ports()
-                self._launch(installation)
-                if self._until_ready(progress, retry=self.options.free_ports and attempt + 1 < _ATTEMPTS):
-                    return self
-                self._end_process()
-        except BaseException:
-            self.stop()
-            raise
-        raise ServerError("no free ports after several attempts", next_step="choose ports by hand")
+        self._start(progress, free_ports=self.options.free_ports)
+        return self
 
-    def stop(self) -> None:
-        """Stop the server, wait for it, and remove its shared memory and temporary files. Safe to repeat."""
-        self._end_process()
+    def restart(self) -> None:
+        """Start again after `stop`, on the ports it had, with what the repository holds now. Raises as
+        `start` does."""
+        self.models = served_models(self.repository)
+        self._start(None, free_ports=False)
+
+    def stop(self, within_s: float | None = None) -> None:
+        """Let requests in flight finish, for the exit timeout unless `within_s` says otherwise, then end the
+        server and remove its shared memory and temporary files. Safe to repeat."""
+        self._end_process(self.options.exit_timeout_s if within_s is None else within_s)
         if self._work is not None:
             shutil.rmtree(self._work, ignore_errors=True)
             self._work = None
@@ -106,16 +119,33 @@ class Server:
         """The exit code once the process has ended, else None."""
         return self._process.poll() if self._process else None
 
-    def wait(self) -> int:
-        """Block until the process ends."""
-        return self._process.wait() if self._process else 0
+    def fault(self) -> ServerError | None:
+        """Why it no longer serves: it ended by itself, or a model's process died half a second ago or more,
+        which Triton does not notice. None while all is well. Ask several times a second."""
+        if self.poll() is not None:
+            return self.ended_error()
+        dead = self._processes.crashed() if self._processes else None
+        if dead is None:
+            return None
+        killed = "the kernel kills what memory runs out for (dmesg tells), and so may a person"
+        lines = server_log.last_errors(self._log_text())
+        return ServerError(
+            f"the process of model {dead.model} died ({dead.how})",
+            cause=killed if dead.how == "signal SIGKILL" else "; ".join(lines) or None,
+            next_step=f"serve again (--supervise does that by itself), or read {self.log}",
+        )
+
+    def answers(self, timeout_s: float = 2.0) -> bool:
+        """Whether it says over HTTP that it lives."""
+        return self._says("live", timeout_s)
 
     def ended_error(self) -> ServerError:
         """Why it ended by itself, as far as the log tells."""
-        code = self.poll()
-        lines = server_log.last_errors(self._read_log())
+        status = self.poll()
+        how = "still running" if status is None else how_it_ended(status)
+        lines = server_log.last_errors(self._log_text())
         return ServerError(
-            f"tritonserver ended by itself ({_exit_text(code)})",
+            f"tritonserver ended by itself ({how})",
             cause="; ".join(lines) or None,
             next_step=f"read {self.log}",
         )
@@ -128,41 +158,65 @@ class Server:
     ) -> None:
         self.stop()
 
-    def _choose_ports(self) -> None:
-        if self.options.free_ports:
-            self.ports = ports.free_ports(self.options.host)
-        else:
-            ports.check(self.options.host, self.ports)
+    def _start(self, progress: Progress | None, *, free_ports: bool) -> None:
+        shared_memory.remove_stale()
+        shared_memory.check_room(sum(self.models.values()))
+        self._in_python = all_in_python(self.repository)
+        self._work = Path(tempfile.mkdtemp(prefix="onecard-server-"))
+        try:
+            installation = find_installation(self._work, self.options.binary)
+            for attempt in range(_ATTEMPTS):
+                if free_ports:
+                    self.ports = ports.free_ports(self.options.host)
+                else:
+                    ports.check(self.options.host, self.ports)
+                self._launch(installation)
+                if self._until_ready(progress, retry=free_ports and attempt + 1 < _ATTEMPTS):
+                    self._record()
+                    return
+                self._end_process(0)
+        except BaseException:
+            self.stop(0)
+            raise
+        raise ServerError("no free ports after several attempts", next_step="choose ports by hand")
 
     def _launch(self, installation: Installation) -> None:
         self._prefix = shared_memory.new_prefix()
-        with self._open_log() as log:
+        self._key = secrets.token_urlsafe(32)
+        self._log_file = LogFile(self.log, self.options.log_format)
+        try:
             self._process = subprocess.Popen(
                 self._command(installation),
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=self._log_file.descriptor,
                 stderr=subprocess.STDOUT,
                 env=installation.environment(),
                 # Its own group: an interrupt at the terminal reaches us alone, and we stop it in order.
                 start_new_session=True,
-                preexec_fn=_die_with_parent(),  # noqa: PLW1509 - one system call, no allocation
+                preexec_fn=die_with_parent(),  # noqa: PLW1509 - one system call, no allocation
             )
+        finally:
+            self._log_file.opened()
+        self._processes = ModelProcesses(self._process.pid)
 
-    def _open_log(self) -> BinaryIO:
-        try:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            return self.log.open("wb")
-        except OSError as error:
-            raise ServerError(
-                f"the log {self.log} cannot be written: {error.strerror or error}",
-                next_step="name another file with --log",
-            ) from error
+    def _record(self) -> None:
+        """Leave word of this server beside its repository. Where nothing can be written there it serves all
+        the same, and nobody has the key."""
+        assert self.pid is not None
+        record = Running.of(self.pid, repository=self.repository, urls=self.urls, log=self.log, key=self._key)
+        with contextlib.suppress(OSError):
+            running.write_running(record)
 
     def _command(self, installation: Installation) -> list[str]:
         host, own = self.options.host, self.ports
+        apis = ",".join(RESTRICTED)
         command = [
             str(installation.binary),
             f"--model-repository={self.repository}",
+            "--model-control-mode=explicit",
+            "--load-model=*",
+            f"--http-restricted-api={apis}:{running.ADMIN_HEADER}={self._key}",
+            f"--grpc-restricted-protocol={apis}:{running.ADMIN_NAME}={self._key}",
             f"--http-address={host}",
             f"--grpc-address={host}",
             f"--metrics-address={host}",
@@ -170,7 +224,7 @@ class Server:
             f"--grpc-port={own.grpc}",
             f"--metrics-port={own.metrics}",
             f"--backend-config=python,shm-region-prefix-name={self._prefix}",
-            f"--exit-timeout-secs={_EXIT_TIMEOUT_S}",
+            f"--exit-timeout-secs={math.ceil(self.options.exit_timeout_s) + _TRITON_LATER_S}",
             # Complete configs are written; guessing would start every model's process twice.
             "--disable-auto-complete-config",
             f"--log-verbose={self.options.verbose}",
@@ -186,31 +240,35 @@ class Server:
     def _until_ready(self, progress: Progress | None, *, retry: bool) -> bool:
         """True when ready, False when a port was taken in between and another attempt is allowed."""
         deadline = time.monotonic() + self.options.ready_timeout_s
-        ready = -1
+        ready, hidden = -1, False
         while time.monotonic() < deadline:
-            log = self._read_log()
+            log = self._log_text()
+            if log and not hidden and self.pid:
+                # What it logs first, it logs when it has read its command line.
+                hidden = hide(self.pid, self._key) or True
             if progress and (count := len(server_log.loaded(log))) != ready:
                 ready = count
                 progress(ready, len(self.models))
             if self.poll() is not None:
-                log = self._read_log()
+                log = self._log_text()
                 if server_log.port_taken(log) and retry:
                     return False
                 raise self._start_error(log)
-            if self._answers_ready():
+            if self._says("ready", timeout_s=2):
                 if progress:
                     progress(len(self.models), len(self.models))
                 return True
             time.sleep(_POLL_S)
-        missing = sorted(set(self.models) - server_log.loaded(self._read_log()))
+        missing = sorted(set(self.models) - server_log.loaded(self._log_text()))
         raise ServerError(
             f"not ready after {self.options.ready_timeout_s:.0f} s; not loaded: {', '.join(missing) or '-'}",
             next_step=f"read {self.log}, or allow more time with --ready-timeout",
         )
 
-    def _answers_ready(self) -> bool:
+    def _says(self, what: str, timeout_s: float) -> bool:
+        url = f"http://{self.urls['http']}/v2/health/{what}"
         try:
-            with urllib.request.urlopen(f"http://{self.urls['http']}/v2/health/ready", timeout=2) as answer:
+            with urllib.request.urlopen(url, timeout=timeout_s) as answer:
                 return bool(answer.status == 200)
         except OSError:
             return False
@@ -237,73 +295,31 @@ class Server:
             )
         return self.ended_error()
 
-    def _read_log(self) -> str:
-        try:
-            return self.log.read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return ""
+    def _log_text(self) -> str:
+        return self._log_file.text() if self._log_file else ""
 
-    def _end_process(self) -> None:
+    def _end_process(self, within_s: float) -> None:
         process = self._process
         if process is None:
             return
-        if process.poll() is None:
+        if process.poll() is None and within_s > 0:
             process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_EXIT_TIMEOUT_S + 5)
+            self._drain(process, within_s)
         # The group holds the Python backend's processes too; what still runs is not going to stop by itself.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        if self._log_file:
+            self._log_file.close()
         shared_memory.remove(self._prefix)
-        self._process = None
+        running.remove_running(self.repository, process.pid)
+        self._process = self._processes = None
 
-
-def served_models(repository: Path) -> dict[str, int]:
-    """Instances by model name, from the config.pbtxt files. Raises ServerError when there are none."""
-    models = {
-        name: sum(group.count or 1 for group in config.instance_group) or 1
-        for name, config in _configs(repository).items()
-    }
-    if not models:
-        raise ServerError(
-            f"{repository} is no Triton repository: it has no <model>/config.pbtxt",
-            next_step="write one: triton-repo write STACK",
-        )
-    return models
-
-
-def uses_cache(repository: Path) -> bool:
-    return any(config.response_cache.enable for config in _configs(repository).values())
-
-
-def _configs(repository: Path) -> dict[str, Any]:
-    """Parsed before Triton reads them: its own message does not say what is wrong in the file."""
-    found = {}
-    for path in sorted(repository.glob("*/config.pbtxt")):
-        try:
-            found[path.parent.name] = parse(path.read_text("utf-8"))
-        except (OSError, ValueError, RepositoryError) as error:
-            raise ServerError(
-                f"{path}: {error}", next_step="write the repository again: triton-repo write STACK"
-            ) from None
-    return found
-
-
-def _exit_text(code: int | None) -> str:
-    if code is None:
-        return "still running"
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
-
-def _die_with_parent() -> Callable[[], None]:
-    """Make the child receive SIGTERM when its parent dies, so that nothing is left running after kill -9."""
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    parent = os.getpid()
-
-    def in_child() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return in_child
+    def _drain(self, process: subprocess.Popen[bytes], within_s: float) -> None:
+        """Until it has ended, or nothing is left that could answer: Triton looks only once a second whether
+        its models have ended, and waits for one that died with requests in flight until its time is up."""
+        deadline = time.monotonic() + within_s
+        while time.monotonic() < deadline and process.poll() is None:
+            if self._in_python and self._processes and not self._processes.running():
+                return
+            time.sleep(_POLL_S)

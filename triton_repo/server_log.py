@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
+
+from triton_repo import json_log
 
 _LOADED = re.compile(r"successfully loaded '([^']+)'")
 _FAILED = re.compile(r"failed to load '([^']+)' version \d+: (.*)")
@@ -11,6 +15,15 @@ _PORT_TAKEN = re.compile(r"failed to start (\w+) service: .*in use", re.IGNORECA
 _ERROR = re.compile(r"^(?:E\d{4} .*?\] |error: )(.*)$", re.MULTILINE)
 
 NO_GPU = "it is for a GPU, and Triton finds none here (no driver, or a container started without --gpus)"
+
+
+def read(path: Path) -> str:
+    """The log so far, as Triton wrote it; of JSON lines, without the times. Empty where there is none."""
+    try:
+        log = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return "\n".join(map(_plain, log.splitlines())) if log.startswith('{"time": ') else log
 
 
 def loaded(log: str) -> set[str]:
@@ -36,6 +49,13 @@ def port_taken(log: str) -> bool:
 def last_errors(log: str, count: int = 5) -> list[str]:
     """The last error lines, for when no reason was recognised."""
     return [_first_part(line) for line in _ERROR.findall(log)][-count:]
+
+
+def _plain(line: str) -> str:
+    try:
+        return json_log.text(json.loads(line))
+    except ValueError:  # one that is being written
+        return line
 
 
 def _first_part(reason: str) -> str:

@@ -52,9 +52,10 @@ class TritonPythonModel:
         """The queue, and the metrics of it and of the engine."""
         from triton_repo.runtime.admission import Limits, read_level
         from triton_repo.runtime.batching import Batcher, Ticket
-        from triton_repo.runtime.exchange import Exchange, to_response
+        from triton_repo.runtime.exchange import EventLog, Exchange, to_response
         from triton_repo.runtime.metrics import Publisher, Reporter, labels
 
+        self._log = EventLog(self._pb, args["model_name"])
         self._exchange, self._to_response = Exchange, to_response
         self._ticket, self._read_level = Ticket, read_level
         self._batcher = Batcher(self._service, Limits.read(parameters))
@@ -67,16 +68,24 @@ class TritonPythonModel:
         tickets = [ticket for ticket in asked if not isinstance(ticket, Exception)]
         if (answers := self._batcher.answer_now(tickets)) is not None:
             of = dict(zip(map(id, tickets), answers, strict=True))
-            return [self._to_response(self._pb, of.get(id(found), found)) for found in asked]
+            return [
+                self._respond(request, of.get(id(found), found))
+                for request, found in zip(requests, asked, strict=True)
+            ]
         waiting = []
         for request, found in zip(requests, asked, strict=True):
-            exchange = self._exchange(self._pb, request.get_response_sender())
+            exchange = self._exchange(self._pb, request, self._log)
             if isinstance(found, Exception):
                 exchange.send(found)
             else:
                 waiting.append((found, exchange))
         self._batcher.submit(waiting)
         return None
+
+    def _respond(self, request: Any, answer: Any) -> Any:
+        if isinstance(answer, Exception):
+            self._log.ended(answer, request.request_id())
+        return self._to_response(self._pb, answer)
 
     def _read(self, request: Any) -> Any:
         """A ticket, or what to answer with: a fault of ours must not leave a client waiting either."""

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from triton_repo.runtime.admission import PRIORITY
+from triton_repo.runtime.admission import PRIORITY, TIMEOUT
 from triton_repo.runtime.delivery import Delta, merged
 from triton_repo.runtime.exchange import Answer, Cancelled
 from triton_repo.runtime.generation import FIELDS
@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
 
 # The request's id, which HTTP's generate endpoint passes on in this way, and what the queue reads.
-_NOT_OURS: Final = {"id", PRIORITY}
+_NOT_OURS: Final = {"id", PRIORITY, TIMEOUT}
 _LISTS: Final = {"stop", "stop_token_ids"}
 
 

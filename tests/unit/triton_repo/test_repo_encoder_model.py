@@ -129,6 +129,17 @@ def test_what_does_not_is_answered_later_and_the_rest_sent_away(model: Any) -> N
     assert all(len(request.sender.sent) == 1 for request in (*first, urgent, patient, too_many, unreadable))
 
 
+def test_what_was_not_answered_is_in_the_log_by_its_id_and_without_its_text(module: Any, model: Any) -> None:
+    log = sys.modules["triton_python_backend_utils"].log  # type: ignore[attr-defined]
+    model.execute([ask("a"), ask("bad")])
+    assert log == ["onecard request_id=r-1 model=vector event=rejected reason=bad_input"]
+    model.execute([ask("b"), ask("c"), broken()])
+    assert log[1:] == ["onecard request_id=r-1 model=vector event=failed reason=AttributeError"]
+    for _ in range(100):
+        model.execute([ask("bad")])
+    assert 20 <= len(log) <= 62, "a crowd that is sent away must not fill the log"
+
+
 def test_priority_and_timeout_are_read(model: Any) -> None:
     found = model._read(ask("a", parameters='{"onecard_priority": 3}', timeout_us=1_500_000))
     assert (found.level, found.timeout_s) == (3, 1.5)

@@ -1,0 +1,82 @@
+"""The log of a server: the last ones are kept, and it is text as Triton writes it, or JSON lines."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+from build_engines.errors import ServerError
+from triton_repo import server_log
+
+LogFormat = Literal["text", "json"]
+# <name>.1 is the newest of those before the present one.
+KEPT = 5
+_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
+_CLOSE_S = 2.0
+
+
+class LogFile:
+    """The log of one start of a server. `descriptor` is what the server writes to."""
+
+    def __init__(self, path: Path, form: LogFormat) -> None:
+        """Rotate the logs of earlier starts and open a new one. Raises ServerError where that cannot be."""
+        self.path = path
+        self._converter: subprocess.Popen[bytes] | None = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _rotate(path)
+            self.descriptor = os.open(path, _FLAGS, 0o640)
+        except OSError as error:
+            raise ServerError(
+                f"the log {path} cannot be written: {error.strerror or error}",
+                next_step="name another file with --log",
+            ) from error
+        if form == "json":
+            self._convert()
+
+    def opened(self) -> None:
+        """The server has the descriptor: close our own, so that the log ends when the server does."""
+        os.close(self.descriptor)
+
+    def close(self) -> None:
+        """Wait until everything that the server wrote is in the file."""
+        if self._converter is None:
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._converter.wait(_CLOSE_S)
+        self._converter.kill()
+        self._converter.wait()
+
+    def text(self) -> str:
+        """What it says so far, as Triton wrote it."""
+        return server_log.read(self.path)
+
+    def _convert(self) -> None:
+        reader, writer = os.pipe()
+        environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parent.parent))
+        self._converter = subprocess.Popen(
+            [sys.executable, "-P", "-m", "triton_repo.json_log"],
+            stdin=reader,
+            stdout=self.descriptor,
+            env=environment,
+            # Its own session: a signal at the terminal, and the end of the server's group, leave it alone.
+            start_new_session=True,
+        )
+        os.close(reader)
+        os.close(self.descriptor)
+        self.descriptor = writer
+
+
+def _rotate(path: Path) -> None:
+    """Each log moves on by one, and the oldest goes."""
+    if not path.is_file() or not path.stat().st_size:
+        return
+    for number in range(KEPT, 0, -1):
+        older = path.with_name(f"{path.name}.{number}")
+        newer = path.with_name(f"{path.name}.{number - 1}") if number > 1 else path
+        with contextlib.suppress(FileNotFoundError):
+            newer.replace(older)
