@@ -175,9 +175,7 @@ def hold_throughput(report: Report, run: Overload) -> None:
 def hold_queues(report: Report, run: Overload) -> None:
     began = run.result.began
     for model in MODELS:
-        ours, tritons = (
-            run.seen.queue(gauge, model, began + run.begin, began + run.end) for gauge in QUEUES
-        )
+        ours, tritons = (run.seen.queue(gauge, model, began + run.begin, began + run.end) for gauge in QUEUES)
         most, limit = max(ours, default=0.0), MAX_SIZE[model]
         report.hold(f"{model}: its queue stays within {limit}", f"{most:.0f} at most", 0 < most <= limit)
         half = len(tritons) // 2
