@@ -81,7 +81,7 @@ def check_source(stack: Stack, model: Model, *, online: bool) -> Finding:
             found = f"{model.source} is not fetched yet (--online asks whether the hub has it)"
             return Finding(check, "warning", found, fetch)
         repository = read_repository(model.source, model.revision)
-        size = sum(repository.files[name].size for name in needed_files(model, repository.files))
+        size = sum(repository.sizes[name] for name in needed_files(model, repository.sizes))
         return Finding(check, "warning", f"{model.source} is not fetched yet; the hub has {mib(size)}", fetch)
     except FetchError as error:
         return refused(check, error)

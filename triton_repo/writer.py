@@ -4,6 +4,7 @@
     <repository>/<Triton model>/warmup/<tensor>
     <repository>/<Triton model>/1/model.py, manifest.json, engine, tokenizer and chat template (hard links)
     <repository>/<Triton model>/1/triton_repo/__init__.py, runtime/**/*.py
+    <repository>/<Triton model>/1/digests.json: of all these
 
 An encoder in the native layout is several Triton models (triton_repo.native).
 
@@ -27,6 +28,7 @@ from triton_repo.encoders import WARMUP_FILE, encoder_spec, warmup_bytes
 from triton_repo.generators import generator_spec, warmup_files
 from triton_repo.native import check_native, native_parts
 from triton_repo.runtime import fingerprint
+from triton_repo.runtime.seal import RECORD, sealed, sealed_files
 from triton_repo.runtime.session import EngineRefused, check_files, read_manifest
 
 _PACKAGE = Path(__file__).parent
@@ -86,6 +88,11 @@ def write_repository(
             next_step="free space or name another folder, then run again; nothing half-written is left",
         ) from error
     return out
+
+
+def seal(version: Path) -> None:
+    """Write the `digests.json` of a version's folder: after all else that is in it and beside it."""
+    write_text(version / RECORD, json.dumps(sealed(version), indent=1) + "\n")
 
 
 def not_judged(repository: Path) -> list[str]:
@@ -167,12 +174,13 @@ def _write_model(entry: Entry, folder: Path, runtime: str) -> None:
     for name in ("manifest.json", entry.manifest["engine"]["file"], *entry.manifest["files"]):
         link_or_copy(entry.folder / name, version / name)
     _copy_code("generator.py" if entry.model.task == "generate" else "encoder.py", version)
+    seal(version)
 
 
 def _write_native(entry: Entry, repository: Path, runtime: str) -> None:
     for part in native_parts(entry.model, entry.name, entry.manifest, runtime):
         folder = repository / part.spec.name
-        # An ensemble's version folder is empty, and must be there.
+        # An ensemble's version folder has nothing to serve, and must be there.
         (folder / "1").mkdir(parents=True)
         for name in part.files:
             link_or_copy(entry.folder / name, folder / "1" / name)
@@ -180,6 +188,7 @@ def _write_native(entry: Entry, repository: Path, runtime: str) -> None:
         _write_config(folder, render(to_message(part.spec)), warmup)
         if part.source is not None:
             _copy_code(part.source, folder / "1")
+        seal(folder / "1")
 
 
 def _write_config(folder: Path, config: str, warmup: Mapping[str, bytes]) -> None:
@@ -218,6 +227,9 @@ def _write_summary(stack: Stack, entries: list[Entry], folder: Path) -> None:
         models[model.name]["variants"][entry.manifest["precision"]] = entry.name
     summary = {"stack": stack.name, "models": models}
     write_text(folder / "stack.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    evaluation = [f"evaluation/{name}.jsonl" for name, found in models.items() if found["evaluation"]]
+    record = sealed_files(folder, ["stack.json", *evaluation])
+    write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 def _limits(model: Model, serving: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,6 +49,7 @@ _PRECISION_CODE = (
     "calibration/samples.py",
     "calibration/reading.py",
     "triton_repo/runtime/chat.py",
+    "triton_repo/runtime/template.py",
 )
 _COMPILE_CODE = (
     "build_engines/targets",

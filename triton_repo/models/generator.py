@@ -95,14 +95,14 @@ class TritonPythonModel:
         del self._service
 
     def _begin(self, call: _Call, tensors: Mapping[str, Any], parameters: str, timeout_s: float) -> None:
-        from triton_repo.runtime.admission import read_level
+        from triton_repo.runtime.admission import read_level, read_timeout
         from triton_repo.runtime.texts import BadRequest
         from triton_repo.runtime.wire import Reply, read_fields
 
         try:
             try:
                 fields, stream = read_fields(tensors, parameters)
-                level = read_level(parameters)
+                level, timeout_s = read_level(parameters), min(timeout_s, read_timeout(parameters))
             except BadRequest as error:
                 self._service.refuse(error)
                 raise

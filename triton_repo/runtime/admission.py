@@ -19,6 +19,9 @@ from triton_repo.runtime.texts import BadRequest
 # Triton's own priority is used up by its queue and never reaches a Python model.
 PRIORITY: Final = "onecard_priority"
 
+# HTTP's generate endpoint passes Triton's own timeout on as a parameter, unread.
+TIMEOUT: Final = "timeout"
+
 T = TypeVar("T")
 Reason = Literal["queue_full", "deadline", "expired", "displaced", "unloading"]
 
@@ -69,6 +72,17 @@ def read_level(parameters: str) -> int:
     if isinstance(level, bool) or not isinstance(level, int) or level < 0:
         raise BadRequest(f"'{PRIORITY}' is {level!r:.40}; 1 is the most urgent, 0 the model's default")
     return level
+
+
+def read_timeout(parameters: str) -> float:
+    """Seconds after which nobody waits any more, from a request's parameters (JSON, microseconds); infinite
+    where it names none. Raises BadRequest."""
+    if TIMEOUT not in parameters:
+        return math.inf
+    limit = json.loads(parameters).get(TIMEOUT, 0)
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
+        raise BadRequest(f"'{TIMEOUT}' is {limit!r:.40}; it is in whole microseconds, 0 for none")
+    return limit / 1e6 or math.inf
 
 
 @dataclass(slots=True)

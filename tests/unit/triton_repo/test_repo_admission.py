@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from triton_repo.runtime.admission import AdmissionQueue, Busy, Limits, _Rate, read_level
+from triton_repo.runtime.admission import AdmissionQueue, Busy, Limits, _Rate, read_level, read_timeout
 from triton_repo.runtime.texts import BadRequest
 
 
@@ -240,3 +240,16 @@ def test_priorities_are_read(given: str, level: int) -> None:
 def test_priorities_that_are_none(value: str) -> None:
     with pytest.raises(BadRequest, match=r"'onecard_priority' is .*; 1 is the most urgent"):
         read_level(f'{{"onecard_priority": {value}}}')
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"), [("", math.inf), ('{"timeout": 2500000}', 2.5), ('{"timeout": 0}', math.inf)]
+)
+def test_timeouts_are_read(given: str, seconds: float) -> None:
+    assert read_timeout(given) == seconds
+
+
+@pytest.mark.parametrize("value", ["-1", "1.5", '"soon"', "true", "null"])
+def test_timeouts_that_are_none(value: str) -> None:
+    with pytest.raises(BadRequest, match=r"'timeout' is .*; it is in whole microseconds"):
+        read_timeout(f'{{"timeout": {value}}}')

@@ -198,7 +198,10 @@ def test_metrics_follow_the_service(loaded: Loaded) -> None:
 def test_priority_and_timeout_go_along(loaded: Loaded) -> None:
     request = loaded.ask(parameters='{"onecard_priority": 1}', timeout_us=1_500_000)
     assert loaded.service.arrived.acquire(timeout=5)
-    assert loaded.service.urgency == [(1, 1.5)]
+    over_http = loaded.ask(parameters='{"timeout": 2500000}')
+    assert loaded.service.arrived.acquire(timeout=5)
+    assert loaded.service.urgency == [(1, 1.5), (0, 2.5)]
+    assert not over_http.sender.closed.is_set()
     wrong = loaded.ask(parameters='{"onecard_priority": "high"}')
     assert (wrong.sender.error.code, wrong.sender.error.message[:18]) == ("INVALID_ARG", "'onecard_priority'")
     assert not request.sender.closed.is_set()
