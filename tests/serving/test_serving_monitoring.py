@@ -170,6 +170,14 @@ def exposition(server: Served) -> str:
         return str(answer.read().decode())
 
 
+def test_the_documentation_s_table_is_what_models_publish(watched: Watched) -> None:
+    page = (MONITORING.parent / "docs" / "monitoring.md").read_text("utf-8")
+    documented = set(re.findall(r"^\| `(onecard_\w+)` \|", page, re.MULTILINE))
+    names = watched.prometheus.get("label/__name__/values")
+    published = {re.sub(r"_seconds_(bucket|sum|count)$", "_seconds", name) for name in names}
+    assert documented == {name for name in published if name.startswith("onecard_")}
+
+
 # Buckets are counters, since a Triton histogram is one round trip for each value: promtool would have them
 # be called otherwise, but then no query would know them.
 BUCKETS = re.compile(r"onecard_(?:request|queue|first_token)_seconds_(?:bucket|sum|count) (?P<finding>.+)")
