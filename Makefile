@@ -16,7 +16,7 @@ ON_GPU := $(BIN)/python
 GPU_SETUP := setup
 endif
 
-.PHONY: help setup demo engines serve bench bench-llm flagship test soak fuzz test-gpu bench-gpu lint clean
+.PHONY: help setup demo engines serve bench bench-llm flagship test soak chaos fuzz test-gpu bench-gpu lint clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -68,6 +68,9 @@ flagship: setup ## a random EEVE-shaped 10.8 B model to an INT8 TensorRT-RTX eng
 
 test: setup ## run all tests
 	@$(BIN)/python -m pytest
+
+chaos: setup ## kill, stop, fill and corrupt what a served stack needs, and measure what its clients see (5 minutes)
+	@$(BIN)/python -m pytest tests/reliability/chaos -s
 
 OVERLOAD_SECONDS ?= 120
 soak: SECONDS ?= 1800
