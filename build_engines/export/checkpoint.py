@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from build_engines import untrusted
 from build_engines.errors import ExportError
+from build_engines.untrusted import read_json as read_bounded
 
 FloatArray = npt.NDArray[np.float32]
 Array = npt.NDArray[Any]
@@ -157,7 +157,7 @@ def read_json(path: Path) -> dict[str, Any]:
             cause="the folder is not a Hugging Face checkpoint, or its download did not finish",
             next_step="run `build-engines fetch STACK`, or point `source` at the folder with config.json",
         )
-    loaded = untrusted.read_json(path, ExportError)
+    loaded = read_bounded(path, ExportError)
     if not isinstance(loaded, dict):
         raise ExportError(f"{path} holds a {type(loaded).__name__}, not a JSON object")
     return loaded

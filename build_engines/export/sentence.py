@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from build_engines import untrusted
 from build_engines.errors import ExportError
 from build_engines.export.checkpoint import Checkpoint, read_json, read_weights_table
+from build_engines.untrusted import read_json as read_bounded
 
 _LEGACY_POOLING = {
     "pooling_mode_cls_token": "cls",
@@ -97,7 +97,7 @@ def _modules(source: Path) -> list[dict[str, Any]]:
     path = source / "modules.json"
     if not path.is_file():
         return []
-    modules = untrusted.read_json(path, ExportError)
+    modules = read_bounded(path, ExportError)
     try:
         if len(modules) > MAX_MODULES:
             raise ValueError(f"{len(modules):,} modules, more than {MAX_MODULES}")

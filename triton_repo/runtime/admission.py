@@ -183,6 +183,16 @@ class AdmissionQueue(Generic[T]):
             self._taken, self._taken_at, self._backlog = work, now, len(self) > 0
         return taken
 
+    def seconds_for(self, work: float) -> float:
+        """About how long so much work takes; infinity while that is not known."""
+        return work * self._rate.pace or math.inf
+
+    def served(self, work: float, seconds: float) -> None:
+        """So much work was done in so many seconds without having waited here."""
+        of_default = [0.0] * len(self._levels)
+        of_default[self.limits.default_level - 1] = work
+        self._rate.learn(of_default, seconds)
+
     def expired(self) -> list[T]:
         """Remove those that could not be answered in time any more."""
         now = self._clock()

@@ -230,7 +230,7 @@ def test_data_that_is_missing_stops_the_build_before_the_work(checkpoint: Path, 
 
 
 # Their values are inputs of the stages by themselves, or no file and no figure of an LLM comes from them.
-SETTLED = {"errors", "stack", "profiles", "atomic", "metrics", "quantize", "quantizer"}
+SETTLED = {"errors", "stack", "profiles", "atomic", "metrics", "quantize", "quantizer", "untrusted", "nvidia"}
 
 
 def imported(code: Sequence[str]) -> Iterator[Path]:

@@ -90,7 +90,8 @@ def test_hostile_templates_end_soon(name: str, short: float) -> None:
         bounded(rendered, HOSTILE[name])
     # Before memory ends, not because it did.
     assert "MemoryError" not in str(found.value)
-    assert time.monotonic() - started < short + 2
+    # Far more than it takes, for a machine that does much else.
+    assert time.monotonic() - started < short + 10
 
 
 @pytest.mark.parametrize(
