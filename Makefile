@@ -16,7 +16,7 @@ ON_GPU := $(BIN)/python
 GPU_SETUP := setup
 endif
 
-.PHONY: help setup demo engines serve bench bench-llm flagship test test-gpu bench-gpu lint clean
+.PHONY: help setup demo engines serve bench bench-llm flagship test chaos test-gpu bench-gpu lint clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -68,6 +68,9 @@ flagship: setup ## a random EEVE-shaped 10.8 B model to an INT8 TensorRT-RTX eng
 
 test: setup ## run all tests
 	@$(BIN)/python -m pytest
+
+chaos: setup ## kill, stop, fill and corrupt what a served stack needs, and measure what its clients see (5 minutes)
+	@$(BIN)/python -m pytest tests/reliability/chaos -s
 
 test-gpu: $(GPU_SETUP) ## run the tests that need a GPU; a table and build/gpu/test.json say what ran and what could not
 	@$(ON_GPU) -m pytest tests/gpu

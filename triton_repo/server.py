@@ -35,6 +35,8 @@ _POLL_S = 0.05
 _ATTEMPTS = 4
 # Triton 2.51 that reaches its own exit timeout may crash and hang instead of ending, so we are there first.
 _TRITON_LATER_S = 5
+# Where a model has died, those that live cannot be told from it by whether Triton still waits for requests.
+_DRAIN_BESIDE_A_DEAD_MODEL_S = 3.0
 # What changes the server or writes where its caller says: these need the admin key. Health, metadata, model
 # configurations, inference, statistics and metrics stay open.
 RESTRICTED = ("model-repository", "shared-memory", "trace", "logging")
@@ -173,6 +175,8 @@ class Server:
                 self._launch(installation)
                 if self._until_ready(progress, retry=free_ports and attempt + 1 < _ATTEMPTS):
                     self._record()
+                    if self._processes:
+                        self._processes.find()
                     return
                 self._end_process(0)
         except BaseException:
@@ -318,6 +322,8 @@ class Server:
     def _drain(self, process: subprocess.Popen[bytes], within_s: float) -> None:
         """Until it has ended, or nothing is left that could answer: Triton looks only once a second whether
         its models have ended, and waits for one that died with requests in flight until its time is up."""
+        if self._processes and self._processes.crashed():
+            within_s = min(within_s, _DRAIN_BESIDE_A_DEAD_MODEL_S)
         deadline = time.monotonic() + within_s
         while time.monotonic() < deadline and process.poll() is None:
             if self._in_python and self._processes and not self._processes.running():
