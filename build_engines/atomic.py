@@ -23,24 +23,33 @@ def replaced_folder(out: Path, ours: str | None = None) -> Iterator[Path]:
 
     `ours` is for folders that users name: a pattern that every folder of the kind has a match of. One without
     is somebody's own, and neither it nor a file is replaced: ArtifactError.
+    """
+    if ours:
+        _require_ours(out, ours)
+    with folder_aside(out) as aside:
+        yield aside
+        _swap(aside, out.absolute())
+
+
+@contextlib.contextmanager
+def folder_aside(out: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `out`, which nobody else writes meanwhile; it is removed at the end.
 
     A lock beside `out` keeps a second writer away; the kernel frees it when its holder dies, so whatever a
     killed run left aside is known to be rubbish and is removed by the next run.
     """
     out = out.absolute()
-    if ours:
-        _require_ours(out, ours)
     out.parent.mkdir(parents=True, exist_ok=True)
     with locked(out.parent / f".{out.name}.lock", f"{out} is being written by another process"):
         for leftover in out.parent.glob(f".{out.name}.aside-*"):
-            shutil.rmtree(leftover)
+            _remove(leftover)
         aside = out.parent / f".{out.name}.aside-{os.getpid()}"
         aside.mkdir()
         try:
             yield aside
-            _swap(aside, out)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                _remove(aside)
 
 
 def _require_ours(out: Path, ours: str) -> None:
@@ -81,7 +90,9 @@ def link_or_copy(source: Path, destination: Path) -> None:
 @contextlib.contextmanager
 def locked(path: Path, busy: str) -> Iterator[None]:
     """Hold the lock file `path`; BusyError(`busy`) if another process does. A dead holder's lock is free."""
-    with path.open("w") as file:
+    # Not through a link that somebody put there: what it leads to would be made, or held.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    with open(descriptor, "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -89,9 +100,17 @@ def locked(path: Path, busy: str) -> Iterator[None]:
         yield
 
 
+def _remove(path: Path) -> None:
+    """A folder with all that is in it; of a link the link alone."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
 def _swap(aside: Path, out: Path) -> None:
     """Put `aside` in the place of `out`; what was there ends up in `aside`."""
-    if not out.exists():
+    if not os.path.lexists(out):
         aside.rename(out)
         return
     if not _exchange(aside, out):

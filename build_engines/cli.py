@@ -10,19 +10,12 @@ from typing import TYPE_CHECKING
 import click
 
 from build_engines import __version__
+from build_engines.cli_checks import doctor, inspect, verify_digests
 from build_engines.console import StageLines, console, fail_cleanly, print_json, wide_console
+from build_engines.options import build_dir_option, json_option, load, offline_option, stack_argument
 
 if TYPE_CHECKING:
     from build_engines.stack import Stack
-
-stack_argument = click.argument("stack", type=click.Path(path_type=Path))
-build_dir_option = click.option(
-    "--build-dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Where everything is written [default: build/<stack name>].",
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-offline_option = click.option("--offline", is_flag=True, help="Use only what is on this disk already.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -35,6 +28,10 @@ def main() -> None:
       build-engines plan stacks/demo.toml
       build-engines build stacks/demo.toml
     """
+
+
+for _command in (inspect, doctor, verify_digests):
+    main.add_command(_command)
 
 
 @main.command()
@@ -52,7 +49,7 @@ def plan(stack: Path, build_dir: Path | None, as_json: bool) -> None:
     from build_engines.gpu_here import find_gpu
     from build_engines.plan import plan_stack, render_plan, require_fit
 
-    found, gpu = plan_stack(_load(stack, build_dir)), find_gpu()
+    found, gpu = plan_stack(load(stack, build_dir)), find_gpu()
     if as_json:
         print_json({**found.as_dict(), "gpu": gpu.as_dict() if gpu else None})
     else:
@@ -76,7 +73,7 @@ def fetch(stack: Path, build_dir: Path | None, offline: bool) -> None:
     Example:
       HF_TOKEN=... build-engines fetch stacks/korean-reviews.toml
     """
-    _fetch(_load(stack, build_dir), offline=offline)
+    _fetch(load(stack, build_dir), offline=offline)
 
 
 @main.command()
@@ -106,7 +103,7 @@ def build(
     from build_engines.pipeline import build_stack
     from build_engines.plan import plan_stack, require_fit, resolve_open
 
-    whole = _load(stack, build_dir)
+    whole = load(stack, build_dir)
     _check_names("model", models, list(whole.models))
     _check_names("target", targets, list(whole.targets))
     names = models or tuple(whole.models)
@@ -129,26 +126,6 @@ def build(
         made = sum(not engine.skipped for engine in engines)
         folder = loaded.build_dir / "engines"
         console.print(f"{len(engines)} engines in {folder}, {made} of them made now", soft_wrap=True)
-
-
-@main.command()
-@click.argument("engine", type=click.Path(path_type=Path))
-@json_option
-@fail_cleanly
-def inspect(engine: Path, as_json: bool) -> None:
-    """Show what an engine is made of: versions, card, profiles, digests, gates and layer types.
-
-    \b
-    Example:
-      build-engines inspect build/demo/engines/sentiment/int8/tensorrt-rtx
-    """
-    from build_engines.inspection import describe_engine, render_engine
-
-    found = describe_engine(engine)
-    if as_json:
-        print_json(found)
-    else:
-        wide_console().print(render_engine(found))
 
 
 @main.command("demo-models")
@@ -198,7 +175,7 @@ def measure(stack: Path, build_dir: Path | None, as_json: bool) -> None:
     from build_engines.measure import measure_stack, measured_models, render_measurements
     from build_engines.measure_decoder import measure_decoder, render_decoder
 
-    loaded = _load(stack, build_dir)
+    loaded = load(stack, build_dir)
     models = measured_models(loaded)
     for name in loaded.models.keys() - models.keys():
         console.print(f"{name} is left out: TensorRT-LLM serves it, on a card", markup=False)
@@ -300,12 +277,6 @@ def bench_gpu(folder: Path, minutes: float, memory_mib: int, as_json: bool) -> N
         print_json(document(found))
     else:
         wide_console().print(render(found))
-
-
-def _load(path: Path, build_dir: Path | None) -> Stack:
-    from build_engines.stack import load_stack
-
-    return load_stack(path, build_dir=build_dir)
 
 
 def _only(stack: Stack, names: tuple[str, ...]) -> Stack:

@@ -21,7 +21,7 @@ from build_engines.atomic import link_or_copy
 from build_engines.errors import CompileError, GateError
 from build_engines.fallback import Modes, find_passing_modes
 from build_engines.gates import GateReport
-from build_engines.graphs import operator_counts
+from build_engines.graphs import operator_counts, read_structure
 from build_engines.targets.decoder_lowering import LinearMode, int8_linears, lower_decoder, widen_decoder
 from triton_repo.runtime.decoder import PREFILL_FILE, DecoderEngine, kernel_settings
 from triton_repo.runtime.session import EngineRefused, onnx_session
@@ -65,9 +65,8 @@ def compile_for_cpu(graph: Path, out: Path, material: Material, progress: Progre
 
 class _CpuBuild:
     def __init__(self, graph: Path, out: Path, material: Material, progress: Progress) -> None:
-        import onnx
 
-        self.model = widen_decoder(onnx.load(str(graph), load_external_data=False), graph.parent)
+        self.model = widen_decoder(read_structure(graph), graph.parent)
         self.source = graph
         self.out = out
         self.material = material

@@ -85,6 +85,7 @@ def _load(decoder: Decoder, allow_remote_code: bool) -> Any:
             local_files_only=True,
             dtype=torch.float32,
             trust_remote_code=allow_remote_code,
+            use_safetensors=True,
         ).eval()
     except Exception as error:  # transformers raises almost anything here
         said = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -21,6 +21,7 @@ from build_engines.stack import DataRef, Model
 from calibration.samples import Conversation, data_file, load_conversations
 from triton_repo.runtime.chat import ChatTemplate, TemplateRefused
 from triton_repo.runtime.texts import BadRequest
+from triton_repo.runtime.tokenization import TokenizerRefused, read_tokenizer, tokenizing
 
 if TYPE_CHECKING:
     from build_engines.export.decoder_weights import Decoder
@@ -124,29 +125,25 @@ class _Reader:
     """Conversations to token ids."""
 
     def __init__(self, decoder: Decoder, tokenizer: Path) -> None:
-        from tokenizers import Tokenizer
-
         try:
-            self._tokenizer: Any = Tokenizer.from_file(str(tokenizer))
+            self._tokenizer: Any = read_tokenizer(tokenizer)
             chat = dict(decoder_serving(decoder)["chat"])
             source = chat.pop("template")
             tokens = {name: text for name, text in chat.items() if isinstance(text, str)}
             self._template = ChatTemplate(source, tokens) if source else None
-        except TemplateRefused as error:
+        except (TemplateRefused, TokenizerRefused) as error:
             raise ExportError(f"{decoder.folder}: {error}") from None
-        except ExportError:
-            raise
-        except Exception as error:  # tokenizers raises bare Exception
-            raise ExportError(f"{tokenizer}: not a tokenizer file ({error})") from None
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
         self._bos = decoder.architecture.bos_id
 
     def rows(self, data: DataRef, limit: int | None, budget: int, longest: int) -> tuple[Row, ...]:
         reference = data.path or data.spec
         conversations = _scattered(load_conversations(reference, limit=limit))
         path = data_file(reference)
-        return fill([self._ids(path, conversation) for conversation in conversations], budget, longest)
+        try:
+            found = [self._ids(path, conversation) for conversation in conversations]
+        except BadRequest as error:
+            raise DataError(f"{path}: {error}", next_step="use other texts, or another checkpoint") from None
+        return fill(found, budget, longest)
 
     def _ids(self, path: Path, conversation: Conversation) -> list[int]:
         if conversation.text is not None:
@@ -162,7 +159,8 @@ class _Reader:
         return ids[1:] if self._bos is not None and ids[:2] == [self._bos, self._bos] else ids
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        with tokenizing():
+            return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
     def _prompt(
         self, path: Path, render: Callable[[list[dict[str, str]]], str], messages: list[dict[str, str]]

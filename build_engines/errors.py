@@ -12,7 +12,8 @@ OnecardError (1)
 ├── ArtifactError (18)     a file on disk is missing, truncated, altered or for another card or version
 ├── RepositoryError (19)   the Triton repository cannot be written
 ├── ServerError (20)       tritonserver cannot be started, or a model failed to load
-└── BusyError (21)         another run is writing to the same place
+├── BusyError (21)         another run is writing to the same place
+└── MachineError (22)      this machine lacks what every command needs (build-engines doctor)
 
 Exit code 2 is Click's own (wrong usage), 130 an interrupt.
 """
@@ -88,3 +89,7 @@ class ServerError(OnecardError):
 
 class BusyError(OnecardError):
     exit_code = 21
+
+
+class MachineError(OnecardError):
+    exit_code = 22

@@ -24,6 +24,7 @@ from build_engines.fetch_convert import convert_pickles
 from build_engines.fetch_hub import Repository, download, read_repository, sha256
 from build_engines.fetch_rules import (
     CONVERTIBLE_SUFFIXES,
+    NAMING_CODE,
     folder_files,
     needed_files,
     refuse_remote_code,
@@ -74,7 +75,7 @@ def fetch_model(
 def _fetch(model: Model, dest: Path, offline: bool, progress: Progress | None) -> Fetched:
     if model.source_dir is not None:
         return _from_folder(model, model.source_dir, dest)
-    present = _read_record(model, dest)
+    present = present_checkpoint(model, dest)
     if present is not None:
         return present
     with _lock(dest):
@@ -84,8 +85,7 @@ def _fetch(model: Model, dest: Path, offline: bool, progress: Progress | None) -
 
 
 def _from_folder(model: Model, source: Path, dest: Path) -> Fetched:
-    names = needed_files(model, folder_files(source))
-    refuse_remote_code(model, source / _config_name(names))
+    names = check_folder(model, source)
     if any(name.endswith(CONVERTIBLE_SUFFIXES) for name in names):
         with _lock(dest):
             return _publish(model, source, names, dest, origin="converted", commit=None)
@@ -94,14 +94,27 @@ def _from_folder(model: Model, source: Path, dest: Path) -> Fetched:
     return Fetched(path=source, origin="folder", commit=None, size=size, digests=digests)
 
 
+def check_folder(model: Model, source: Path) -> list[str]:
+    """The files of the user's folder that are taken, none of them read whole. Raises FetchError."""
+    names = needed_files(model, folder_files(source))
+    _refuse_named_code(model, source, names)
+    return names
+
+
 def _config_name(names: list[str]) -> str:
     """config.json at the top, or in the first module's folder (older sentence-transformers)."""
     return min((n for n in names if n.rsplit("/", 1)[-1] == "config.json"), key=lambda n: (n.count("/"), n))
 
 
+def _refuse_named_code(model: Model, folder: Path, names: list[str]) -> None:
+    for name in names:
+        if name.rsplit("/", 1)[-1] in NAMING_CODE:
+            refuse_remote_code(model, folder / name)
+
+
 def _from_hub(model: Model, dest: Path, progress: Progress) -> Fetched:
     repository = read_repository(model.source, model.revision)
-    names = needed_files(model, repository.files)
+    names = needed_files(model, repository.sizes)
     partial = _partial_folder(dest, repository)
     config = _config_name(names)
     total = sum(repository.files[name].size for name in names)
@@ -117,8 +130,7 @@ def _from_hub(model: Model, dest: Path, progress: Progress) -> Fetched:
 
         if not (partial / name).is_file():
             download(repository, repository.files[name], partial / name, on_bytes)
-        if name == config:
-            refuse_remote_code(model, partial / name)
+        _refuse_named_code(model, partial, [name])
     fetched = _publish(model, partial, names, dest, origin="hub", commit=repository.commit)
     shutil.rmtree(partial)
     return fetched
@@ -169,9 +181,9 @@ def _from_cache(model: Model, dest: Path) -> Fetched:
             cause=f"neither {dest} nor the hub's local cache has it",
             next_step="run the same command without --offline (and without HF_HUB_OFFLINE) once",
         ) from None
-    names = [path.relative_to(found).as_posix() for path in found.rglob("*") if path.is_file()]
-    names = needed_files(model, names)
-    refuse_remote_code(model, found / _config_name(names))
+    there = [path for path in found.rglob("*") if path.is_file()]
+    names = needed_files(model, {path.relative_to(found).as_posix(): path.stat().st_size for path in there})
+    _refuse_named_code(model, found, names)
     return _publish(model, found, names, dest, origin="cache", commit=found.name)
 
 
@@ -219,7 +231,7 @@ def _identity(model: Model) -> dict[str, Any]:
     return {"source": model.source, "revision": model.revision}
 
 
-def _read_record(model: Model, dest: Path) -> Fetched | None:
+def present_checkpoint(model: Model, dest: Path) -> Fetched | None:
     """What an earlier run published, if it is this model's and every file still has its size; else None."""
     try:
         record = json.loads((dest / RECORD).read_bytes())
@@ -228,10 +240,10 @@ def _read_record(model: Model, dest: Path) -> Fetched | None:
             return None
         if any((dest / name).stat().st_size != size for name, (size, _) in files.items()):
             return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     # A checkpoint fetched while the stack file allowed more than it does now is checked again.
-    refuse_remote_code(model, dest / _config_name(list(files)))
+    _refuse_named_code(model, dest, list(files))
     return Fetched(
         path=dest,
         origin="present",

@@ -41,6 +41,11 @@ class Repository:
     commit: str
     files: dict[str, RemoteFile]
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes by name."""
+        return {name: file.size for name, file in self.files.items()}
+
 
 def read_repository(source: str, revision: str | None) -> Repository:
     """The repository's files at `revision` (default: its main branch); FetchError where it cannot be had."""

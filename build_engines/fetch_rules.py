@@ -8,26 +8,27 @@ repository, of which only the list of names is known, and for a folder.
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 from build_engines.errors import FetchError
 from build_engines.stack import Model
+from build_engines.untrusted import check_count, check_sizes, read_json
 
 PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".ot")
 # Of these only a torch pickle can be turned into safetensors, without running what it holds.
 CONVERTIBLE_SUFFIXES: Final = (".bin", ".pt", ".pth")
 _TEXT_SUFFIXES: Final = (".json", ".txt", ".model", ".spm", ".vocab", ".jinja")
+# Settings in which Transformers looks for code to run.
+NAMING_CODE: Final = ("config.json", "tokenizer_config.json")
 # The folders of sentence-transformers' modules; all others (onnx/, openvino/, runs/) are not read.
 _MODULE_FOLDER = re.compile(r"\d+_[A-Za-z]+")
 _SHARD = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin|pt|pth)")
 # Training leaves these beside the weights. They are no weights, and they are not taken.
 _NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*|trainer_state)\.\w+")
-MAX_CONFIG_BYTES: Final = 16 << 20
 
 
 def check_name(source: str, name: str) -> None:
@@ -41,17 +42,24 @@ def check_name(source: str, name: str) -> None:
         )
 
 
-def needed_files(model: Model, names: Iterable[str]) -> list[str]:
-    """The files to take, of all that a checkpoint has.
+def needed_files(model: Model, sizes: Mapping[str, int]) -> list[str]:
+    """The files to take, of all that a checkpoint has; `sizes` in bytes, by name.
 
     Raises FetchError for Python files, for weights that exist only as pickles (unless the stack file allows
-    them by name) and where config.json or the weights are missing.
+    them by name), where config.json or the weights are missing, and for what is too large or too many.
     """
-    names = sorted(names)
+    check_count(model.source, len(sizes), FetchError)
+    names = sorted(sizes)
     for name in names:
         check_name(model.source, name)
     inside = [name for name in names if _is_read(name)]
     _refuse_code_files(model, inside)
+    if any(name.endswith("adapter_config.json") for name in inside):
+        raise FetchError(
+            f"{model.source}: it is an adapter (adapter_config.json), or has one",
+            cause="an adapter names another model, which would be loaded under it",
+            next_step="merge it into its model and save that as one checkpoint",
+        )
     taken = [name for name in inside if _is_text(name)]
     for folder in sorted({str(PurePosixPath(name).parent) for name in inside}):
         here = [name for name in inside if str(PurePosixPath(name).parent) == folder]
@@ -66,6 +74,7 @@ def needed_files(model: Model, names: Iterable[str]) -> list[str]:
             cause="the repository holds another format, or only a tokenizer",
             next_step="name a checkpoint with model.safetensors",
         )
+    check_sizes(model.source, {name: sizes[name] for name in taken}, FetchError)
     return sorted(taken)
 
 
@@ -118,25 +127,20 @@ def _refuse_code_files(model: Model, names: list[str]) -> None:
 
 
 def refuse_remote_code(model: Model, config: Path) -> None:
-    """FetchError for a config.json that names code of the repository's own (`auto_map`), unless that is
-    allowed.
+    """FetchError for settings (NAMING_CODE) that name code of the repository's own, or a kernel of the hub,
+    unless that is allowed.
     """
     if model.allow_remote_code:
         return
-    try:
-        if config.stat().st_size > MAX_CONFIG_BYTES:
-            raise ValueError(f"larger than {MAX_CONFIG_BYTES:,} bytes")
-        values = json.loads(config.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise FetchError(
-            f"{config}: not valid JSON: {str(error)[:200]}",
-            cause="the file is damaged",
-            next_step="fetch the checkpoint again, or name another one",
-        ) from None
+    values = read_json(config, FetchError)
     if isinstance(values, dict) and values.get("auto_map"):
         named = values["auto_map"]
         classes = _some(sorted(map(str, named.values()))) if isinstance(named, dict) else str(named)[:100]
-        raise _remote_code(model, f"its config.json names code of its own (auto_map: {classes})")
+        raise _remote_code(model, f"its {config.name} names code of its own (auto_map: {classes})")
+    for key, value in values.items() if isinstance(values, dict) else ():
+        # "owner/name" is a kernel, which Transformers downloads and loads.
+        if key.endswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
+            raise _remote_code(model, f"its {config.name} names a kernel ({key}: {str(value)[:100]})")
 
 
 def _remote_code(model: Model, what: str) -> FetchError:
@@ -148,8 +152,10 @@ def _remote_code(model: Model, what: str) -> FetchError:
     )
 
 
-def folder_files(source: Path) -> list[str]:
-    """Names of all files under `source`; FetchError for a link whose target lies outside."""
+def folder_files(source: Path) -> dict[str, int]:
+    """Bytes of all files under `source` by name; FetchError for a link whose target lies outside, for a pipe
+    or device, and for more files than a checkpoint has.
+    """
     if not source.is_dir():
         raise FetchError(
             f"{source}: there is no such folder",
@@ -158,8 +164,9 @@ def folder_files(source: Path) -> list[str]:
             f"build-engines demo-models {source.parent}",
         )
     root = os.path.realpath(source)
-    names: list[str] = []
+    sizes: dict[str, int] = {}
     for folder, folders, files in os.walk(source):
+        check_count(str(source), len(sizes) + len(files), FetchError)
         for entry in (*folders, *files):
             path = os.path.join(folder, entry)
             target = os.path.realpath(path)
@@ -169,8 +176,11 @@ def folder_files(source: Path) -> list[str]:
                     cause="a cache of the hub is made of such links; others may be hostile",
                     next_step="copy the folder with its links resolved (cp -rL), or name the hub id",
                 )
-        names += [Path(folder, name).relative_to(source).as_posix() for name in files]
-    return names
+        for file in (Path(folder, name) for name in files):
+            if not file.is_file():
+                raise FetchError(f"{file}: is no regular file", next_step="remove it, or name another folder")
+            sizes[file.relative_to(source).as_posix()] = file.stat().st_size
+    return sizes
 
 
 def _some(names: list[str]) -> str:

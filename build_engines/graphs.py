@@ -31,15 +31,27 @@ def read_graph(path: Path) -> onnx.ModelProto:
     """
     import onnx
 
+    model = read_structure(path)
     try:
-        model = onnx.load(str(path), load_external_data=False)
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
+        onnx.load_external_data_for_model(model, str(path.parent))
+    except (OSError, TypeError, ValueError, onnx.checker.ValidationError) as error:
+        raise ArtifactError(f"the weights of {path} cannot be read: {error}") from error
+    return model
+
+
+def read_structure(path: Path) -> onnx.ModelProto:
+    """Load a graph and leave its external data where it is, whole and beside it.
+
+    Raises:
+        ArtifactError: as `read_graph`; or the data is to be elsewhere than in files of the graph's folder.
+    """
+    import onnx
+
+    _check_external_files(path)
+    try:
+        return onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's DecodeError has no public common base
         raise ArtifactError(f"{path} is not an ONNX graph: {error}") from error
-    _check_external_files(model, path.parent)
-    onnx.load_external_data_for_model(model, str(path.parent))
-    return model
 
 
 def save_graph(model: onnx.ModelProto, path: Path, *, external_threshold: int = EXTERNAL_THRESHOLD) -> None:
@@ -72,7 +84,7 @@ def verify_graph(path: Path) -> None:
     """
     import onnx
 
-    _check_external_files(onnx.load(str(path), load_external_data=False), path.parent)
+    _check_external_files(path)
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -116,13 +128,16 @@ def load_external(tensor: onnx.TensorProto, folder: Path) -> None:
     from onnx import TensorProto
 
     entries = {entry.key: entry.value for entry in tensor.external_data}
-    file, length = folder / Path(entries["location"]).name, int(entries["length"])
+    file = folder / Path(entries["location"]).name
     try:
+        start, length = int(entries.get("offset", 0)), int(entries["length"])
         with file.open("rb") as data:
-            data.seek(int(entries.get("offset", 0)))
-            raw = data.read(length)
-    except OSError as error:
-        raise ArtifactError(f"the weights file {file} cannot be read: {error.strerror}") from error
+            # Compared before it is asked for: a length is a claim.
+            whole = 0 <= start <= start + length <= os.fstat(data.fileno()).st_size
+            data.seek(start if whole else 0)
+            raw = data.read(length) if whole else b""
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"the weights file {file} cannot be read: {error}") from error
     if len(raw) != length:
         raise ArtifactError(
             f"the weights file {file} ends inside {tensor.name}",
@@ -134,22 +149,17 @@ def load_external(tensor: onnx.TensorProto, folder: Path) -> None:
     tensor.raw_data = raw
 
 
-def _check_external_files(model: onnx.ModelProto, folder: Path) -> None:
-    from onnx import TensorProto
+def _check_external_files(path: Path) -> None:
+    from triton_repo.runtime.external_data import UnsafeGraph, check_external
 
-    for tensor in model.graph.initializer:
-        if tensor.data_location != TensorProto.EXTERNAL:
-            continue
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        file = folder / entries["location"]
-        end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
-        if not file.is_file() or file.stat().st_size < end:
-            state = "is missing" if not file.is_file() else f"has {file.stat().st_size} of {end} bytes"
-            raise ArtifactError(
-                f"the weights file {file} {state}",
-                cause="the graph was copied without its .data file, or the copy was cut short",
-                next_step="copy both files together, or run the export again",
-            )
+    try:
+        check_external(path)
+    except UnsafeGraph as error:
+        raise ArtifactError(
+            str(error),
+            cause="the graph was copied without its .data file, or cut short, or altered",
+            next_step="copy both files together, or run the export again",
+        ) from None
 
 
 def fix_dimension(model: onnx.ModelProto, name: str, size: int) -> None:

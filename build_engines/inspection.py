@@ -40,7 +40,7 @@ def _check_compiled(engine: Path, manifest: dict[str, Any]) -> None:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         installed = importlib.metadata.version("tensorrt-rtx")
     # One for many cards was asked for none by name; its runner asks the library about the card that is there.
-    card = None if manifest.get("portable") else manifest["compute_capability"]
+    card = None if manifest.get("portable") else manifest.get("compute_capability")
     check_engine(engine, version=installed, compute_capability=card)
 
 

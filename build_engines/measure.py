@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import multiprocessing
-import os
 import platform
 import statistics
 import time
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from build_engines import host
 from build_engines.errors import ArtifactError, StackError
 from build_engines.stack import Model, Stack
 
@@ -141,7 +141,7 @@ def _pytorch(folder: Path, model: Model) -> dict[str, Contender]:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(host.cores())
 
     def contender(dtype: torch.dtype) -> Contender:
         encoder = AutoModel.from_pretrained(
@@ -167,16 +167,7 @@ def _random_batch(inputs: list[str], batch: int, length: int) -> dict[str, Any]:
 def machine() -> dict[str, Any]:
     """What a figure must be read with."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "onnxruntime")}
-    cores = len(os.sched_getaffinity(0))
-    return {"cpu": _cpu_name(), "cores": cores, "python": platform.python_version(), **versions}
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    return {"cpu": host.cpu_name(), "cores": host.cores(), "python": platform.python_version(), **versions}
 
 
 def render_measurements(measured: dict[str, Any]) -> RenderableType:

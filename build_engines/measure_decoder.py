@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from build_engines.errors import ArtifactError
+from build_engines.graphs import read_structure
 from build_engines.measure import new_process
 from build_engines.stack import Model, Stack
 
@@ -159,7 +160,7 @@ def weights_read(graph: Path) -> int:
     """Bytes of weights that one decode step reads: all but the embedding table, FP16 matrices widened."""
     import onnx
 
-    model = onnx.load(str(graph), load_external_data=False)
+    model = read_structure(graph)
     gathered = {name for node in model.graph.node if node.op_type == "Gather" for name in node.input}
     sizes = {onnx.TensorProto.INT8: 1, onnx.TensorProto.FLOAT16: 4, onnx.TensorProto.FLOAT: 4}
     return sum(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Final
 from build_engines.errors import PlanError
 from build_engines.stack import LLM_CAPABILITIES, Model
 from build_engines.stack_fields import one_of, show
+from build_engines.untrusted import read_json
 
 QUANT_FILE: Final = "hf_quant_config.json"
 _INDEX: Final = "model.safetensors.index.json"
@@ -112,8 +112,5 @@ def _not_loaded(path: Path, algorithm: Any) -> PlanError:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise PlanError(f"{path}: cannot be read: {error}", next_step="fetch the checkpoint again") from None
+    found = read_json(path, PlanError)
     return found if isinstance(found, dict) else {}

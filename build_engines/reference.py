@@ -43,7 +43,9 @@ class TorchReference:
         tokenizer_folder = nested if not (folder / "config.json").exists() and nested.is_dir() else folder
         try:
             self._encoder = self._load(folder)
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(
+                tokenizer_folder, local_files_only=True, trust_remote_code=model.allow_remote_code
+            )
         except Exception as error:  # transformers raises almost anything here
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ExportError(
@@ -63,6 +65,7 @@ class TorchReference:
             "local_files_only": True,
             "dtype": torch.float32,
             "trust_remote_code": self.model.allow_remote_code,
+            "use_safetensors": True,
         }
         if self.model.task != "embed":
             return AutoModelForSequenceClassification.from_pretrained(folder, **options).eval()
@@ -75,7 +78,7 @@ class TorchReference:
             device="cpu",
             local_files_only=True,
             trust_remote_code=self.model.allow_remote_code,
-            model_kwargs={"dtype": torch.float32},
+            model_kwargs={"dtype": torch.float32, "use_safetensors": True},
         ).eval()
 
     def forward(self, arrays: Arrays) -> FloatArray:

@@ -6,7 +6,6 @@ them is no checkpoint's. What else is left out takes the default of Transformers
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,10 +25,10 @@ from build_engines.stack import (
     Task,
 )
 from build_engines.stack_fields import nearest, one_of, show
+from build_engines.untrusted import read_json
 
 Shape = ModelShape | DecoderShape
 
-MAX_CONFIG_BYTES: Final = 16 << 20
 # An upper bound on any size, so that a corrupt value is named here instead of overflowing a sum later.
 _MAX_SIZE: Final = 1 << 24
 
@@ -152,18 +151,7 @@ def read_decoder_shape(path: Path) -> DecoderShape:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise PlanError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes; this is no model configuration")
-        config = json.loads(path.read_bytes())
-    except OSError as error:
-        raise PlanError(f"{path}: cannot be read: {error}") from None
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError among them
-        raise PlanError(
-            f"{path}: not valid JSON: {str(error)[:200]}",
-            cause="the file was cut short or edited by hand",
-            next_step="fetch the checkpoint again, or correct the file",
-        ) from None
+    config = read_json(path, PlanError)
     if not isinstance(config, dict):
         raise PlanError(f"{path}: must hold a JSON object, not {show(config)}")
     return config

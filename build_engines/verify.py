@@ -19,6 +19,7 @@ from build_engines.gates import Truth
 from build_engines.stack import DataRef, Model
 from calibration.samples import data_file, load_groups, load_texts
 from triton_repo.runtime.encode import ANSWER_OUTPUT, Encoder
+from triton_repo.runtime.texts import BadRequest
 from triton_repo.runtime.tokenization import Row, TextTokenizer, TokenizerRefused
 
 FloatArray = npt.NDArray[np.float32]
@@ -38,6 +39,17 @@ class TextSet:
     truth: Truth
 
     def rows(self, tokenizer: TextTokenizer) -> list[Row]:
+        """Token rows of all texts or pairs, in order. Raises DataError where the tokenizer fails on one."""
+        try:
+            return self._rows(tokenizer)
+        except BadRequest as error:
+            raise DataError(
+                f"the evaluation or calibration data: {error}",
+                cause="a pattern in the checkpoint's tokenizer.json cannot take one of the texts",
+                next_step="use shorter texts without long runs of one character, or another checkpoint",
+            ) from None
+
+    def _rows(self, tokenizer: TextTokenizer) -> list[Row]:
         if self.task != "rerank":
             return tokenizer.singles(self.texts)
         return [row for group in tokenizer.pairs(self.groups) for row in group]

@@ -1,4 +1,7 @@
-"""Reading data files: UTF-8 text to numbered records, and errors that name the file and the line."""
+"""Reading data files: UTF-8 text to numbered records, and errors that name the file and the line.
+
+No error repeats what stands there: the texts are somebody's, and errors end up in logs.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,12 @@ BUNDLED = ("reviews", "ranking", "conversations")
 SPLITS = ("train", "calibration", "evaluation")
 _SUFFIXES = (".jsonl", ".csv", ".txt")
 _DATA = Path(__file__).parent / "data"
+
+# Of one file. Python's texts take up to four times as much.
+MAX_DATA_BYTES = 64 << 20
+MAX_LINES = 1_000_000
+MAX_LINE_CHARACTERS = 8_000_000
+_LONGEST_NAME = 100
 
 T = TypeVar("T")
 
@@ -73,14 +82,7 @@ def sample(path: Path, items: list[T], limit: int | None, seed: int) -> list[T]:
 
 
 def read_text(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise _missing(path) from None
-    except IsADirectoryError:
-        raise DataError(f"{path} is a folder, not a data file", next_step="name a file inside it") from None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    raw = _read(path)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -92,10 +94,32 @@ def read_text(path: Path) -> str:
         ) from None
 
 
+def _read(path: Path) -> bytes:
+    try:
+        if path.is_dir():
+            raise DataError(f"{path} is a folder, not a data file", next_step="name a file inside it")
+        # A pipe would be waited for.
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path} is no regular file", next_step="name a file")
+        with path.open("rb") as file:
+            raw = file.read(MAX_DATA_BYTES + 1)
+    except FileNotFoundError:
+        raise _missing(path) from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    if len(raw) > MAX_DATA_BYTES:
+        raise DataError(
+            f"{path} is larger than {MAX_DATA_BYTES >> 20} MiB",
+            cause="calibration and the accuracy gates need some thousand texts, not all there are",
+            next_step="name a file with a sample of them",
+        )
+    return raw
+
+
 def jsonl_objects(
     path: Path, text: str, required: set[str], optional: set[str]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line, content in numbered_lines(text):
+    for line, content in numbered_lines(path, text):
         try:
             record = json.loads(content, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
         except json.JSONDecodeError as error:
@@ -108,9 +132,15 @@ def jsonl_objects(
         yield line, record
 
 
-def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
+def numbered_lines(path: Path, text: str) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank, and their numbers. Raises DataError for too many, or too long a one."""
+    if text.count("\n") > MAX_LINES:
+        raise DataError(f"{path} has more than {MAX_LINES:,} lines", next_step="name a file with fewer")
     # Not str.splitlines: it also breaks at U+2028 and U+0085, which may stand inside a text.
     for number, content in enumerate(text.split("\n"), start=1):
+        if len(content) > MAX_LINE_CHARACTERS:
+            problem = f"{len(content):,} characters, more than {MAX_LINE_CHARACTERS:,}"
+            raise bad_line(path, number, problem)
         if content.strip():
             yield number, content.removesuffix("\r")
 
@@ -141,13 +171,16 @@ def valid_text(path: Path, line: int, key: str, value: object) -> str:
 def check_keys(
     path: Path, line: int, keys: list[str], allowed: tuple[set[str], set[str]], prefix: str = ""
 ) -> None:
-    """Refuse keys that are neither of `allowed` (required, optional), given twice, or required and absent."""
+    """Refuse keys that are neither of `allowed` (required, optional), given twice, or required and absent.
+
+    An unknown one is named by its place: where a header is missing, keys are somebody's texts.
+    """
     required, optional = allowed
     known = sorted(required | optional)
-    for key in keys:
+    for place, key in enumerate(keys, start=1):
         if key not in known:
             hint = nearest(key, known)
-            raise bad_line(path, line, f"{prefix}unknown key {key!r}{hint}; allowed: {listed(known)}")
+            raise bad_line(path, line, f"{prefix}key {place} is unknown{hint}; allowed: {listed(known)}")
         if keys.count(key) > 1:
             raise bad_line(path, line, f"{prefix}{key!r} is given twice")
     if lacking := sorted(required - set(keys)):
@@ -191,7 +224,7 @@ def bad_line(path: Path, line: int, problem: str) -> DataError:
 
 def nearest(name: str, known: Sequence[str]) -> str:
     lowered = {entry.lower(): entry for entry in known}
-    matches = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(name.lower()[:_LONGEST_NAME], lowered, n=1, cutoff=0.5)
     return f" (did you mean {lowered[matches[0]]!r}?)" if matches else ""
 
 

@@ -210,7 +210,7 @@ def _csv_header(path: Path, line: int, row: list[str]) -> list[str]:
 
 
 def _txt_reviews(path: Path, text: str) -> Iterator[tuple[int, Review]]:
-    for line, content in numbered_lines(text):
+    for line, content in numbered_lines(path, text):
         yield line, Review(valid_text(path, line, "text", content), None)
 
 
@@ -247,8 +247,8 @@ def _message(path: Path, line: int, name: str, found: object) -> Message:
     check_keys(path, line, list(found), ({"role", "content"}, set()), f"{name}: ")
     role = found["role"]
     if role not in ROLES:
-        hint = nearest(role, ROLES) if isinstance(role, str) else ""
-        raise bad_line(path, line, f"{name}: unknown role {role!r}{hint}; allowed: {listed(ROLES)}")
+        what = f"unknown role{nearest(role, ROLES)}" if isinstance(role, str) else f"the role is {kind(role)}"
+        raise bad_line(path, line, f"{name}: {what}; allowed: {listed(ROLES)}")
     return Message(role, valid_text(path, line, f"{name}.content", found["content"]))
 
 
@@ -260,7 +260,9 @@ def _group(path: Path, line: int, record: dict[str, Any]) -> RankingGroup:
         raise bad_line(path, line, f"'relevance' must be a list of {len(passages)} numbers, one per passage")
     for grade in relevance:
         if isinstance(grade, bool) or not isinstance(grade, int | float) or not _is_grade(grade):
-            raise bad_line(path, line, f"relevance {grade!r} is not a finite number of at least 0")
+            is_number = isinstance(grade, int | float)
+            shown = f"{grade!r:.40}" if is_number else f"that is {kind(grade)}"
+            raise bad_line(path, line, f"relevance {shown} is not a finite number of at least 0")
     if not any(relevance):
         raise bad_line(path, line, "no passage has a relevance above 0, so there is nothing to rank")
     return RankingGroup(
@@ -286,4 +288,4 @@ def _check_label(path: Path, line: int, label: str | None, labels: Sequence[str]
         raise bad_line(path, line, f"no label, and the model's labels are {listed(labels)}")
     if label not in labels:
         hint = nearest(label, labels)
-        raise bad_line(path, line, f"label {label!r} is not one of the model's: {listed(labels)}{hint}")
+        raise bad_line(path, line, f"the label is not one of the model's: {listed(labels)}{hint}")

@@ -3,6 +3,7 @@
 from .async_client import AsyncClient
 from .client import Client
 from .errors import (
+    AccessDenied,
     BenchError,
     Cancelled,
     ClientError,
@@ -17,6 +18,7 @@ from .errors import (
     UnexpectedAnswer,
     UnknownModel,
     Unreachable,
+    Untrusted,
 )
 from .retry import RetryPolicy
 from .streams import AsyncStream, Stream
@@ -36,6 +38,7 @@ from .types import (
 )
 
 __all__ = [
+    "AccessDenied",
     "AsyncClient",
     "AsyncStream",
     "BenchError",
@@ -66,5 +69,6 @@ __all__ = [
     "UnexpectedAnswer",
     "UnknownModel",
     "Unreachable",
+    "Untrusted",
     "Usage",
 ]

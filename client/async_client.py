@@ -8,11 +8,13 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack, overload
 
 from . import flows, generate_flows, metrics
+from .access import Access, AccessOptions
 from .codec import InferReply, InferRequest, parse_model_info
 from .errors import ClientError, InvalidInput, UnexpectedAnswer, UnknownModel
 from .flows import CallOptions, Flow, split_options
 from .generate import GenerateOptions, Prompt, PromptOptions
-from .retry import Attempts, Clock, RetryPolicy
+from .retry import Attempts, Budget, Clock, RetryPolicy
+from .status import server_status
 from .streams import AsyncStream
 from .transport import AsyncReplyStream, AsyncTransport, Endpoint, open_async_transport
 from .types import Classification, Embedding, Generation, ModelInfo, Ranked, ServerStatus
@@ -34,11 +36,16 @@ class AsyncClient:
         retry: RetryPolicy | None = None,
         transport: AsyncTransport | None = None,
         clock: Clock | None = None,
+        **access: Unpack[AccessOptions],
     ) -> None:
         self._timeout = flows.check_timeout(timeout)
-        self._transport = transport or open_async_transport(Endpoint.parse(url, protocol))
+        if transport is None:
+            endpoint = Endpoint.parse(url, protocol)
+            transport = open_async_transport(endpoint, Access.of(endpoint, access))
+        self._transport = transport
         self._retry = retry or RetryPolicy()
         self._clock = clock or Clock()
+        self._budget = Budget(self._retry)
         self._models: dict[str, ModelInfo] = {}
         self._closed = False
 
@@ -138,8 +145,8 @@ class AsyncClient:
         return await self._run(flows.describe(model), timeout)
 
     async def status(self, *, timeout: float | None = None) -> ServerStatus:
-        """The server's models with their state and statistics."""
-        return await self._run(flows.status(self._transport.endpoint), timeout)
+        """The server's loaded models and what they have done."""
+        return await self._run(server_status(self._transport.endpoint), timeout)
 
     def _stream(
         self,
@@ -159,7 +166,7 @@ class AsyncClient:
 
         return AsyncStream(
             start,
-            Attempts(self._retry, self._clock, self._clock.now() + limit),
+            self._attempts(None, self._clock.now() + limit),
             self._clock,
             logprobs=bool(parameters.get("logprobs")),
         )
@@ -200,19 +207,27 @@ class AsyncClient:
         attempts = Attempts(self._retry, self._clock, deadline)
         while True:
             try:
-                return await self._transport.ask(question, model, attempts.remaining())
+                return await self._transport.ask(question, model, attempts.begin())
             except ClientError as error:
                 await self._clock.sleep_async(attempts.wait_after(error, idempotent=True))
 
+    def _attempts(self, request: InferRequest | None, deadline: float) -> Attempts:
+        return Attempts(self._retry, self._clock, deadline, request, self._budget)
+
     async def _infer(self, request: InferRequest, deadline: float) -> InferReply:
-        attempts = Attempts(self._retry, self._clock, deadline)
+        attempts = self._attempts(request, deadline)
         while True:
             try:
-                return await self._one_reply(request, attempts.remaining())
+                reply = await self._one_reply(request, attempts.begin())
+                attempts.end("completed", version=reply.version)
+                return reply
             except ClientError as error:
                 await self._clock.sleep_async(
                     attempts.wait_after(flows.located(error, request), idempotent=request.idempotent)
                 )
+            except asyncio.CancelledError:
+                attempts.end("cancelled")
+                raise
 
     async def _one_reply(self, request: InferRequest, timeout: float) -> InferReply:
         if not request.decoupled:

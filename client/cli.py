@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,9 @@ from .options import (
     server_options,
     variant_options,
 )
+from .transport import Endpoint
 
-SERVER = ("url", "protocol", "timeout")
+SERVER = ("url", "protocol", "timeout", "token_file", "ca", "log_json")
 
 
 @click.group(cls=OneLineErrors)
@@ -32,6 +35,8 @@ def main() -> None:
     Example:
       client query classify "The noodles were excellent."
     """
+    # gRPC prints what becomes one of our errors all the same.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 @main.group()
@@ -175,19 +180,36 @@ def chat(**options: Any) -> None:
 
 
 @main.command()
+@click.option("--watch", "watching", is_flag=True, help="Show rates, and again and again, until Ctrl-C.")
+@click.option(
+    "--interval",
+    type=click.FloatRange(min=0.2),
+    default=1.0,
+    show_default=True,
+    help="Seconds between two looks of --watch.",
+)
 @server_options
 @json_option
-def status(as_json: bool, **server: Any) -> None:
-    """The server's models: state, texts and batches computed, queue and compute time, cache hits.
+def status(watching: bool, interval: float, as_json: bool, **server: Any) -> None:
+    """The server's loaded models: requests, rejections, batches, times, cache hits, memory against the plan.
 
-    Models that generate also show their slots, tokens per second and cache use, from the server's metrics
-    (ONECARD_URL_METRICS, else the usual port), where these can be read.
+    Models that generate also show slots, tokens per second and cache use. Most of it comes from the models'
+    metrics (ONECARD_URL_METRICS, else the usual port). --watch reads nothing else; with --json it prints a
+    line for each look.
 
     \b
     Examples:
       client status
       client status --url 127.0.0.1:8000 --protocol http --json
+      client status --watch --interval 2
     """
+    if watching:
+        if not (as_json or sys.stdout.isatty()):
+            raise click.UsageError("--watch needs a terminal; --watch --json prints lines")
+        from .live import watch
+
+        watch(Endpoint.parse(server["url"], server["protocol"]), interval, as_json)
+        return
     with open_client(**server) as client:
         report = client.status()
     if as_json:

@@ -9,11 +9,13 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack, overload
 
 from . import flows, generate_flows, metrics
+from .access import Access, AccessOptions
 from .codec import InferReply, InferRequest, parse_model_info
 from .errors import ClientError, InvalidInput, UnknownModel
 from .flows import CallOptions, Flow, split_options
 from .generate import GenerateOptions, Prompt, PromptOptions
-from .retry import Attempts, Clock, RetryPolicy
+from .retry import Attempts, Budget, Clock, RetryPolicy
+from .status import server_status
 from .streams import Single, Stream
 from .transport import Endpoint, Transport, open_transport
 from .types import Classification, Embedding, Generation, ModelInfo, Ranked, ServerStatus
@@ -28,7 +30,8 @@ class Client:
 
     `url` is host:port or has a scheme (grpc, grpcs, http, https); left out, it comes from ONECARD_URL_GRPC or
     ONECARD_URL_HTTP, else it is this machine. `timeout` is the time in seconds for a whole call, with all its
-    requests and retries. Every failure is a ClientError.
+    requests and retries. `token` and `ca` are for a server behind TLS (AccessOptions). Every failure is a
+    ClientError.
     """
 
     def __init__(
@@ -40,11 +43,16 @@ class Client:
         retry: RetryPolicy | None = None,
         transport: Transport | None = None,
         clock: Clock | None = None,
+        **access: Unpack[AccessOptions],
     ) -> None:
         self._timeout = flows.check_timeout(timeout)
-        self._transport = transport or open_transport(Endpoint.parse(url, protocol))
+        if transport is None:
+            endpoint = Endpoint.parse(url, protocol)
+            transport = open_transport(endpoint, Access.of(endpoint, access))
+        self._transport = transport
         self._retry = retry or RetryPolicy()
         self._clock = clock or Clock()
+        self._budget = Budget(self._retry)
         self._models: dict[str, ModelInfo] = {}
         self._threads: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
@@ -144,8 +152,8 @@ class Client:
         return self._run(flows.describe(model), timeout)
 
     def status(self, *, timeout: float | None = None) -> ServerStatus:
-        """The server's models with their state and statistics."""
-        return self._run(flows.status(self._transport.endpoint), timeout)
+        """The server's loaded models and what they have done."""
+        return self._run(server_status(self._transport.endpoint), timeout)
 
     def _stream(
         self,
@@ -157,9 +165,8 @@ class Client:
         limit = self._timeout if timeout is None else flows.check_timeout(timeout)
         [request] = self._run(generate_flows.requests_for([given], options, parameters, stream=True), timeout)
         return Stream(
-            request,
             lambda: self._transport.stream(request, limit),
-            Attempts(self._retry, self._clock, self._clock.now() + limit),
+            self._attempts(request, self._clock.now() + limit),
             self._clock,
             logprobs=bool(parameters.get("logprobs")),
         )
@@ -200,7 +207,7 @@ class Client:
         attempts = Attempts(self._retry, self._clock, deadline)
         while True:
             try:
-                return self._transport.ask(question, model, attempts.remaining())
+                return self._transport.ask(question, model, attempts.begin())
             except ClientError as error:
                 self._clock.sleep(attempts.wait_after(error, idempotent=True))
 
@@ -208,12 +215,12 @@ class Client:
         """The only response of each, several at once; a failure or an interrupt ends all the others."""
         calls = [Single(self._transport, request) for request in requests]
         if len(calls) == 1:
-            return [calls[0].reply(Attempts(self._retry, self._clock, deadline), self._clock)]
+            return [calls[0].reply(self._attempts(requests[0], deadline), self._clock)]
         threads = ThreadPoolExecutor(min(len(calls), STREAMS), thread_name_prefix="onecard-client")
         try:
             futures = [
-                threads.submit(call.reply, Attempts(self._retry, self._clock, deadline), self._clock)
-                for call in calls
+                threads.submit(call.reply, self._attempts(request, deadline), self._clock)
+                for call, request in zip(calls, requests, strict=True)
             ]
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             failed = [future for future in futures if future in done and future.exception()]
@@ -223,11 +230,16 @@ class Client:
                 call.close()
             threads.shutdown(cancel_futures=True)
 
+    def _attempts(self, request: InferRequest, deadline: float) -> Attempts:
+        return Attempts(self._retry, self._clock, deadline, request, self._budget)
+
     def _infer(self, request: InferRequest, deadline: float) -> InferReply:
-        attempts = Attempts(self._retry, self._clock, deadline)
+        attempts = self._attempts(request, deadline)
         while True:
             try:
-                return self._transport.infer(request, attempts.remaining())
+                reply = self._transport.infer(request, attempts.begin())
+                attempts.end("completed", version=reply.version)
+                return reply
             except ClientError as error:
                 self._clock.sleep(
                     attempts.wait_after(flows.located(error, request), idempotent=request.idempotent)

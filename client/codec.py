@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import InvalidInput, UnexpectedAnswer
-from .types import Classification, Embedding, ModelInfo, ModelStatus, Ranked
+from .types import Classification, Embedding, ModelInfo, Ranked
 
 Array = npt.NDArray[Any]
 
@@ -20,12 +20,15 @@ _BLANKS = tuple(bytes(0x20 if byte >> bit & 1 else 0x09 for bit in range(8)) for
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferRequest:
-    """One request as every transport takes it; inputs are arrays with the batch dimension first."""
+    """One request as every transport takes it; inputs are arrays with the batch dimension first. `task` and
+    `texts`, how many it holds, are for the log."""
 
     model: str
     inputs: Mapping[str, Array]
     outputs: tuple[str, ...]
     request_id: str
+    task: str = ""
+    texts: int = 1
     priority: int = 0
     idempotent: bool = True
     part: str = ""  # which items of the caller's list, when it was split
@@ -34,9 +37,12 @@ class InferRequest:
 
 @dataclass(frozen=True, slots=True)
 class InferReply:
+    """`version` is that of the model that answered."""
+
     model: str
     request_id: str
     outputs: Mapping[str, Array]
+    version: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,41 +196,3 @@ def parse_model_info(config: Mapping[str, Any]) -> ModelInfo:
 
 def _count(text: str | None) -> int | None:
     return int(text) if text and text.isdigit() else None
-
-
-def parse_model_status(
-    entry: Mapping[str, Any], info: ModelInfo | None, statistics: Mapping[str, Any] | None
-) -> ModelStatus:
-    """From the repository index's entry and the model's statistics (None while it is not loaded)."""
-    stats = statistics or {}
-    inferences, executions = _int(stats, "inference_count"), _int(stats, "execution_count")
-    return ModelStatus(
-        name=str(entry["name"]),
-        version=str(entry.get("version", "")),
-        state=str(entry.get("state", "UNAVAILABLE")),
-        reason=str(entry.get("reason", "")),
-        task=info.task if info else None,
-        precision=info.precision if info else None,
-        requests=_stat(stats, "success", "count") + _stat(stats, "fail", "count"),
-        failed=_stat(stats, "fail", "count"),
-        inferences=inferences,
-        executions=executions,
-        mean_batch_size=inferences / executions if executions else None,
-        queue_ms=_mean_ms(stats, "queue"),
-        compute_ms=_mean_ms(stats, "compute_infer"),
-        cache_hits=_stat(stats, "cache_hit", "count"),
-        cache_misses=_stat(stats, "cache_miss", "count"),
-    )
-
-
-def _stat(statistics: Mapping[str, Any], name: str, field: str) -> int:
-    return _int(statistics.get("inference_stats", {}).get(name, {}), field)
-
-
-def _int(values: Mapping[str, Any], name: str) -> int:
-    return int(values.get(name, 0))  # gRPC's JSON gives 64-bit numbers as strings
-
-
-def _mean_ms(statistics: Mapping[str, Any], name: str) -> float | None:
-    count = _stat(statistics, name, "count")
-    return _stat(statistics, name, "ns") / count / 1e6 if count else None

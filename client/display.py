@@ -44,25 +44,49 @@ def print_ranking(answers: Sequence[Ranked]) -> None:
 def print_status(status: ServerStatus) -> None:
     console = new_console()
     console.print(f"{status.server} {status.version} at {status.url} ({status.protocol})", highlight=False)
-    table = new_table("model", "task", "state")
-    for title in ("requests", "texts", "batch", "queue ms", "compute ms", "cache hit/miss"):
+    table = new_table("model", "task", "version")
+    for title in (
+        "requests",
+        "rejected",
+        "batch",
+        "queue ms",
+        "mean ms",
+        "p99 ms",
+        "cache hit/miss",
+        "memory",
+    ):
         table.add_column(title, justify="right")
     for model in status.models:
-        ready = model.state == "READY"
-        state = f"[green]{model.state}[/]" if ready else f"[red]{model.state} {escape(model.reason)}[/]"
         table.add_row(
             escape(model.name),
             escape(f"{model.task or ''} {model.precision or ''}".strip()),
-            state,
+            escape(model.version),
             f"{model.requests}" + (f" [red]({model.failed} failed)[/]" if model.failed else ""),
-            str(model.inferences),
+            "" if model.rejected is None else str(sum(model.rejected.values())),
             number(model.mean_batch_size),
             number(model.queue_ms),
-            number(model.compute_ms),
+            number(model.request_ms),
+            number(model.p99_ms),
             f"{model.cache_hits}/{model.cache_misses}",
+            memory(model.resident_bytes, model.planned_bytes),
         )
     console.print(table)
     _print_generation(status.models, console)
+    if status.metrics_error:
+        where = f" at {status.metrics}" if status.metrics else ""
+        console.print(
+            f"[yellow]The models' metrics{where} cannot be read ({escape(status.metrics_error)}): "
+            "times, batches, rejections, memory and slots are missing.[/]",
+            highlight=False,
+        )
+
+
+def memory(resident: int | None, planned: int | None) -> str:
+    """In MiB, against what the plan promised where it is known."""
+    if resident is None:
+        return ""
+    plan = f" of {planned / 2**20:,.0f}" if planned else ""
+    return f"{resident / 2**20:,.0f}{plan} MiB"
 
 
 def _print_generation(models: Sequence[ModelStatus], console: Console) -> None:

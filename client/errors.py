@@ -3,17 +3,19 @@
 ClientError (30)
 ├── InvalidInput (31)         the request is wrong: refused here before sending, or by the server
 ├── UnknownModel (32)         the server has no such model, or no such precision of it
-├── ModelNotReady (33)        the model is known but is not loaded
+├── ModelNotReady (33)        the model is known but is not loaded, or its process has ended
 ├── Unreachable (34)          no connection: nothing listens there, or the name does not resolve
-│   └── ConnectionLost (34)   the connection broke while the request was on its way
+│   ├── ConnectionLost (34)   the connection broke while the request was on its way
+│   └── Untrusted (34)        the server's certificate is signed by nobody we trust, or for another name
 ├── DeadlineExceeded (35)     no answer within the time the caller gave
 ├── Overloaded (36)           the server refuses work for now; trying again later is right
-│   ├── QueueFull (36)        rejected at once by the model's queue
-│   └── QueueTimeout (36)     waited in the model's queue for longer than its policy allows
+│   ├── QueueFull (36)        rejected at once: no room, or too many wait for it to be answered in time
+│   └── QueueTimeout (36)     its time ran out in the model's queue
 ├── ServerFault (37)          the server failed while computing
 │   └── UnexpectedAnswer (37) the server answered something that is not what the model promises
 ├── BenchError (38)           the benchmark cannot run: bad summary file, baseline or chart library missing
-└── Cancelled (39)            the server ended a generation before it was finished
+├── Cancelled (39)            the server ended a generation before it was finished
+└── AccessDenied (40)         no token or a wrong one, or what only an administrator may ask
 
 A subclass shares its parent's exit code because the caller would react in the same way.
 Exit code 2 is Click's own (wrong usage), 130 an interrupt.
@@ -73,6 +75,10 @@ class ConnectionLost(Unreachable):
     """Retried only for idempotent requests: the server may have computed the answer already."""
 
 
+class Untrusted(Unreachable):
+    retryable = False  # it will be the same certificate
+
+
 class DeadlineExceeded(ClientError):
     exit_code = 35  # never retried: the caller's time is spent
 
@@ -102,6 +108,10 @@ class Cancelled(ClientError):
     """Not retried: whoever ended it, an unloading model or its operator, meant it."""
 
     exit_code = 39
+
+
+class AccessDenied(ClientError):
+    exit_code = 40
 
 
 class BenchError(ClientError):

@@ -5,19 +5,21 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypedDict, TypeVar
 
-from . import codec, metrics
+from . import codec
 from .codec import InferReply, InferRequest
-from .errors import ClientError, InvalidInput, ModelNotReady, UnknownModel
-from .transport import Endpoint
-from .types import Classification, Embedding, ModelInfo, Ranked, ServerStatus
+from .errors import ClientError, InvalidInput, ModelNotReady, UnexpectedAnswer, UnknownModel
+from .types import Classification, Embedding, ModelInfo, Ranked
 
 T = TypeVar("T")
+VERSION_ROUNDS = 4
+_REQUEST_ID = re.compile(r"[!-~]{1,100}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class Describe:
 class Ask:
     """Effect: one of the server's own reports, as JSON."""
 
-    question: Literal["index", "statistics", "metadata"]
+    question: Literal["statistics", "metadata"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ class InferAll:
 
 @dataclass(frozen=True, slots=True)
 class ReadMetrics:
-    """Effect: the models' own counters by model, empty where they cannot be read."""
+    """Effect: the Scrape of the metrics at an address."""
 
     address: str
 
@@ -69,6 +71,9 @@ class Options:
         ):
             if value is not None and not (isinstance(value, str) and value):
                 raise InvalidInput(f"{name} must be a non-empty str, not {value!r}")
+        # It goes into headers and logs.
+        if self.request_id is not None and not _REQUEST_ID.fullmatch(self.request_id):
+            raise InvalidInput("request_id must be at most 100 visible ASCII characters")
         if not isinstance(self.priority, int) or isinstance(self.priority, bool) or self.priority < 0:
             raise InvalidInput(
                 f"priority must be 0 (the model's default) or a level from 1 up, not {self.priority!r}"
@@ -115,7 +120,8 @@ def _per_text(
     info = yield from resolve(task, options)
     slices = codec.split(len(encoded), info.max_batch)
     inputs = [{"text": codec.text_column(encoded[part])} for part in slices]
-    replies = yield from _infer(task, info, _requests(task, info, options, inputs, slices))
+    requests = _requests(task, info, options, inputs, slices)
+    replies = yield from one_version(requests, lambda some: _infer(task, info, some))
     return [
         answer
         for part, reply in zip(slices, replies, strict=True)
@@ -133,7 +139,8 @@ def rerank(query: str, passages: Iterable[str], options: Options) -> Flow[list[R
     info = yield from resolve("rerank", options)
     slices = codec.split(len(encoded), info.max_batch)
     inputs = [{"query": question, "passages": codec.text_row(encoded[part])} for part in slices]
-    replies = yield from _infer("rerank", info, _requests("rerank", info, options, inputs, slices))
+    requests = _requests("rerank", info, options, inputs, slices)
+    replies = yield from one_version(requests, lambda some: _infer("rerank", info, some))
     scores: list[float] = []
     truncated: list[bool] = []
     for part, reply in zip(slices, replies, strict=True):
@@ -166,6 +173,41 @@ def _infer(task: str, info: ModelInfo, requests: tuple[InferRequest, ...]) -> Fl
     return replies
 
 
+def one_version(
+    requests: tuple[InferRequest, ...],
+    infer: Callable[[tuple[InferRequest, ...]], Flow[list[InferReply]]],
+) -> Flow[list[InferReply]]:
+    """Replies in order, all from one version of the model; `infer` asks for some.
+
+    A rollout may come between the parts of a call: those of the older version are asked for again. Where the
+    server answers with another version than was wanted, as in a rollback, that one counts from then on.
+    """
+    replies = yield from infer(requests)
+    wanted = ""
+    for _ in range(VERSION_ROUNDS):
+        versions = {reply.version for reply in replies}
+        if len(versions) <= 1:
+            return replies
+        wanted = wanted if wanted in versions else max(versions, key=_version_order)
+        late = [place for place, reply in enumerate(replies) if reply.version != wanted]
+        fresh = yield from infer(tuple(requests[place] for place in late))
+        for place, reply in zip(late, fresh, strict=True):
+            replies[place] = reply
+        answered = {reply.version for reply in fresh}
+        wanted = max(answered, key=_version_order)
+    if len({reply.version for reply in replies}) > 1:
+        raise UnexpectedAnswer(
+            "the model was replaced again and again while this call was answered",
+            model=requests[0].model,
+            next_step="call again",
+        )
+    return replies
+
+
+def _version_order(version: str) -> tuple[int, str]:
+    return (int(version) if version.isdecimal() else 0, version)
+
+
 def _requests(
     task: str,
     info: ModelInfo,
@@ -173,18 +215,25 @@ def _requests(
     inputs: Sequence[Mapping[str, codec.Array]],
     slices: Sequence[slice],
 ) -> tuple[InferRequest, ...]:
-    base = options.request_id or uuid.uuid4().hex[:12]
+    base = options.request_id or new_id()
     return tuple(
         InferRequest(
             model=info.name,
             inputs=tensors,
             outputs=codec.SIGNATURES[task].outputs,
-            request_id=base if len(inputs) == 1 else f"{base}-{place}",
+            request_id=base if len(inputs) == 1 else f"{base}/{place}",
+            task=task,
+            texts=part.stop - part.start,
             priority=options.priority,
             part="" if len(inputs) == 1 else f"items {part.start} to {part.stop - 1}",
         )
         for place, (tensors, part) in enumerate(zip(inputs, slices, strict=True))
     )
+
+
+def new_id() -> str:
+    """For a call that was given none: 12 hexadecimal digits."""
+    return uuid.uuid4().hex[:12]
 
 
 def resolve(task: str, options: Options) -> Flow[ModelInfo]:
@@ -236,10 +285,12 @@ def _only_model(task: str) -> Flow[ModelInfo]:
 
 
 def _ready_models() -> Flow[list[ModelInfo]]:
+    # Not from the repository's index, which only an administrator may ask for.
+    report = yield Ask("statistics")
     infos = []
-    for entry in (yield Ask("index")):
-        if entry.get("state") == "READY":
-            infos.append((yield Describe(entry["name"])))
+    for name in sorted({entry["name"] for entry in report.get("model_stats", ())}):
+        with suppress(UnknownModel, ModelNotReady):  # unloaded since
+            infos.append((yield Describe(name)))
     return infos
 
 
@@ -247,38 +298,6 @@ def describe(model: str) -> Flow[ModelInfo]:
     Options(model=model)  # checks the name
     info: ModelInfo = yield Describe(model)
     return info
-
-
-def status(endpoint: Endpoint) -> Flow[ServerStatus]:
-    metadata = yield Ask("metadata")
-    index = yield Ask("index")
-    report = yield Ask("statistics")
-    statistics = {(entry["name"], entry["version"]): entry for entry in report.get("model_stats", ())}
-    infos: dict[str, ModelInfo] = {}
-    for entry in index:
-        if entry.get("state") == "READY":
-            with suppress(UnknownModel, ModelNotReady):  # unloaded since the index was read
-                infos[entry["name"]] = yield Describe(entry["name"])
-    counters: metrics.Counters = {}
-    if any(info.task == "generate" for info in infos.values()) and (address := metrics.address_for(endpoint)):
-        counters = yield ReadMetrics(address)
-    models = []
-    for entry in index:
-        name = entry["name"]
-        state = codec.parse_model_status(
-            entry, infos.get(name), statistics.get((name, entry.get("version", "")))
-        )
-        if state.task == "generate":
-            state = replace(state, generation=metrics.generation_status(counters.get(name, {})))
-        models.append(state)
-    models.sort(key=lambda model: model.name)
-    return ServerStatus(
-        url=endpoint.address,
-        protocol=endpoint.protocol,
-        server=str(metadata.get("name", "")),
-        version=str(metadata.get("version", "")),
-        models=tuple(models),
-    )
 
 
 def check_timeout(timeout: float) -> float:

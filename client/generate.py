@@ -22,8 +22,8 @@ FLOAT32 = float(np.finfo(np.float32).max)
 class GenerateOptions(TypedDict, total=False):
     """Keyword arguments of every call that generates; what is left out is the server's default.
 
-    `model` and `precision` as for the other calls; `timeout` is in seconds: for the whole call, or when
-    streaming for the longest wait for the next piece. `system` is a system prompt.
+    `model`, `precision` and `priority` as for the other calls; `timeout` is in seconds: for the whole call,
+    or when streaming for the longest wait for the next piece. `system` is a system prompt.
 
     `max_tokens` bounds the answer. `temperature` 0 is greedy; above it, `top_k` (0 is off), `top_p`, `min_p`
     and `repetition_penalty` shape the distribution as in Transformers, and `seed` makes it repeatable. The
@@ -34,6 +34,7 @@ class GenerateOptions(TypedDict, total=False):
 
     model: str | None
     precision: str | None
+    priority: int
     request_id: str | None
     timeout: float | None
     system: str | None
@@ -57,7 +58,7 @@ class PromptOptions(GenerateOptions, total=False):
     chat: bool | None
 
 
-ROUTING = ("model", "precision", "request_id")
+ROUTING = ("model", "precision", "priority", "request_id")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from . import generate
-from .codec import InferRequest
+from .codec import InferReply, InferRequest
 from .errors import InvalidInput
-from .flows import Flow, InferAll, Options, resolve
+from .flows import Flow, InferAll, Options, new_id, one_version, resolve
 from .generate import GenerateOptions, Prompt
 from .types import Generation
 
@@ -24,7 +23,7 @@ def split_options(
             raise TypeError(f"unknown option {name}; known: {', '.join(known)}")
     rest = dict(given)
     timeout: Any = rest.pop("timeout", None)
-    routing: dict[str, Any] = {name: rest.pop(name, None) for name in generate.ROUTING}
+    routing: dict[str, Any] = {name: rest.pop(name) for name in generate.ROUTING if name in rest}
     return Options(**routing), {name: value for name, value in rest.items() if value is not None}, timeout
 
 
@@ -54,9 +53,14 @@ def complete(given: list[Prompt], options: Options, parameters: Mapping[str, Any
     requests = yield from requests_for(given, options, parameters, stream=False)
     if not requests:
         return []
-    replies = yield InferAll(requests)
+    replies = yield from one_version(requests, _infer)
     wanted = bool(parameters.get("logprobs"))
     return [generate.parse_generation(reply, logprobs=wanted) for reply in replies]
+
+
+def _infer(requests: tuple[InferRequest, ...]) -> Flow[list[InferReply]]:
+    replies: list[InferReply] = yield InferAll(requests)
+    return replies
 
 
 def requests_for(
@@ -67,13 +71,15 @@ def requests_for(
     if not given:
         return ()
     info = yield from resolve("generate", options)
-    base = options.request_id or uuid.uuid4().hex[:12]
+    base = options.request_id or new_id()
     return tuple(
         InferRequest(
             model=info.name,
             inputs=generate.request_inputs(prompt, tensors, stream=stream),
             outputs=generate.OUTPUTS,
-            request_id=base if len(given) == 1 else f"{base}-{place}",
+            request_id=base if len(given) == 1 else f"{base}/{place}",
+            task="generate",
+            priority=options.priority,
             part="" if len(given) == 1 else f"prompt {place}",
             decoupled=True,
         )

@@ -1,45 +1,79 @@
-"""Counters and gauges that the models publish among the server's Prometheus metrics."""
+"""The metrics that the server and its models publish, read in Prometheus's text format."""
 
 from __future__ import annotations
 
 import http.client
+import math
 import os
 import re
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from .transport import Endpoint
 from .types import GenerationStatus
 
 TIMEOUT_S = 5.0
+MOST_BYTES = 1 << 24
 USUAL_PORTS = ("8000", "8001")
 METRICS_PORT = "8002"
-_SAMPLE = re.compile(r"^onecard_(\w+)\{([^}]*)\} ([0-9.eE+-]+)$", re.MULTILINE)
-_MODEL = re.compile(r'(?:^|,)model="([^"]*)"')
+_SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)\{(.*)\}[ \t]+(\S+)", re.MULTILINE)
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+_ESCAPED = re.compile(r"\\(.)")
 
-Counters = dict[str, dict[str, float]]
-
-
-def parse(text: str) -> Counters:
-    """Values by model and by name (without its `onecard_`), from Prometheus's text format.
-
-    Samples of one name that differ in other labels, such as an outcome, are added up.
-    """
-    counters: Counters = {}
-    for name, labels, value in _SAMPLE.findall(text):
-        if model := _MODEL.search(labels):
-            values = counters.setdefault(model[1], {})
-            values[name] = values.get(name, 0.0) + float(value)
-    return counters
+Labels = tuple[tuple[str, str], ...]  # sorted by name, without `model`
+Series = Mapping[Labels, float]
 
 
-def read(address: str) -> Counters:
-    """From host:port; empty when nothing answers there."""
-    connection = http.client.HTTPConnection(address.rpartition("://")[2].rstrip("/"), timeout=TIMEOUT_S)
+@dataclass(frozen=True, slots=True)
+class Scrape:
+    """One reading: values by model, name and labels. `at` is a time of the monotonic clock; `error` says why
+    there is nothing."""
+
+    at: float
+    models: Mapping[str, Mapping[str, Series]] = field(default_factory=dict)
+    error: str = ""
+
+    def series(self, model: str, name: str) -> Series:
+        return self.models.get(model, {}).get(name, {})
+
+    def total(self, model: str, name: str, **labels: str) -> float:
+        """The sum over the series that have these labels, versions of the model together."""
+        wanted = set(labels.items())
+        return sum(value for given, value in self.series(model, name).items() if wanted <= set(given))
+
+
+def parse(text: str, at: float = 0.0) -> Scrape:
+    """Samples without the label `model` are not ours to read; lines that are no sample are passed over."""
+    models: dict[str, dict[str, dict[Labels, float]]] = {}
+    for name, given, value in _SAMPLE.findall(text):
+        labels = {key: _ESCAPED.sub(_unescaped, text) for key, text in _LABEL.findall(given)}
+        model = labels.pop("model", None)
+        try:
+            number = float(value)
+        except ValueError:
+            continue
+        if model is not None and math.isfinite(number):
+            models.setdefault(model, {}).setdefault(name, {})[tuple(sorted(labels.items()))] = number
+    return Scrape(at, models)
+
+
+def _unescaped(found: re.Match[str]) -> str:
+    return "\n" if found[1] == "n" else found[1]
+
+
+def read(address: str, timeout: float = TIMEOUT_S) -> Scrape:
+    """From host:port; an empty one with the reason when it cannot be read."""
+    connection = http.client.HTTPConnection(address.rpartition("://")[2].rstrip("/"), timeout=timeout)
     try:
         connection.request("GET", "/metrics")
-        return parse(connection.getresponse().read().decode("utf-8", "replace"))
-    except (OSError, ValueError, http.client.HTTPException):
-        return {}
+        response = connection.getresponse()
+        text = response.read(MOST_BYTES).decode("utf-8", "replace")
+        if response.status != http.client.OK:
+            return Scrape(time.monotonic(), error=f"status {response.status}")
+        return parse(text, time.monotonic())
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return Scrape(time.monotonic(), error=str(error) or type(error).__name__)
     finally:
         connection.close()
 
@@ -52,26 +86,26 @@ def address_for(endpoint: Endpoint, environment: Mapping[str, str] | None = None
     variables = os.environ if environment is None else environment
     if given := variables.get("ONECARD_URL_METRICS"):
         return given
-    host, _, port = endpoint.address.partition("/")[0].rpartition(":")
-    return f"{host}:{METRICS_PORT}" if port in USUAL_PORTS else ""
+    port = endpoint.address.partition("/")[0].rpartition(":")[2]
+    return f"{endpoint.host}:{METRICS_PORT}" if port in USUAL_PORTS else ""
 
 
-def generation_status(values: Mapping[str, float]) -> GenerationStatus | None:
+def generation_status(scrape: Scrape, model: str) -> GenerationStatus | None:
     """None where the model publishes no such metrics."""
-    if "llm_slots" not in values:
+    if not scrape.series(model, "onecard_llm_slots"):
         return None
 
     def whole(name: str) -> int:
-        return int(values.get(f"llm_{name}", 0))
+        return int(scrape.total(model, f"onecard_{name}"))
 
     return GenerationStatus(
-        slots=whole("slots"),
-        slots_active=whole("slots_active"),
-        queued=whole("queue"),
-        cache_tokens=whole("cache_tokens"),
-        cache_capacity_tokens=whole("cache_capacity_tokens"),
-        tokens_per_second=float(values.get("llm_tokens_per_second", 0.0)),
-        prompt_tokens=whole("prompt_tokens_total"),
-        cached_tokens=whole("cached_tokens_total"),
-        generated_tokens=whole("generated_tokens_total"),
+        slots=whole("llm_slots"),
+        slots_active=whole("llm_slots_active"),
+        queued=whole("queue_requests"),
+        cache_tokens=whole("llm_cache_tokens"),
+        cache_capacity_tokens=whole("llm_cache_capacity_tokens"),
+        tokens_per_second=scrape.total(model, "onecard_llm_tokens_per_second"),
+        prompt_tokens=whole("llm_prompt_tokens_total"),
+        cached_tokens=whole("llm_cached_tokens_total"),
+        generated_tokens=whole("llm_generated_tokens_total"),
     )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from . import records
+from .access import read_token
 from .client import Client
 from .errors import ClientError
 
@@ -28,9 +32,32 @@ class OneLineErrors(click.Group):
             ctx.exit(130)
 
 
+_priority = click.option(
+    "--priority", type=click.IntRange(min=0), default=0, help="1 is the most urgent, 0 the model's default."
+)
+
+
 def server_options(command: F) -> F:
-    """--url, --protocol and --timeout."""
+    """How the server is reached, and where requests are logged."""
     for option in (
+        click.option(
+            "--log-json",
+            type=click.Path(path_type=Path, dir_okay=False),
+            metavar="FILE",
+            help="Append a line of JSON for each request: id, model, time, outcome; no text.",
+        ),
+        click.option(
+            "--ca",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="PEM file of the authorities to trust [default: ONECARD_CA, else the system's].",
+        ),
+        click.option(
+            "--token-file",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="A file that holds a bearer token [default: ONECARD_TOKEN, ONECARD_TOKEN_FILE].",
+        ),
         click.option("--timeout", type=float, default=60.0, show_default=True, help="Seconds for the call."),
         click.option(
             "--protocol", type=click.Choice(["grpc", "http"]), help="What is spoken there [default: grpc]."
@@ -38,7 +65,8 @@ def server_options(command: F) -> F:
         click.option(
             "--url",
             metavar="HOST:PORT",
-            help="The server; else ONECARD_URL_GRPC or ONECARD_URL_HTTP, else this machine.",
+            help="The server, with grpcs:// or https:// for TLS; else ONECARD_URL_GRPC or ONECARD_URL_HTTP, "
+            "else this machine.",
         ),
     ):
         command = option(command)
@@ -48,7 +76,7 @@ def server_options(command: F) -> F:
 def variant_options(command: F) -> F:
     """--model, --precision and --priority."""
     for option in (
-        click.option("--priority", type=click.IntRange(min=0), default=0, help="1 is the most urgent."),
+        _priority,
         click.option("--precision", metavar="NAME", help="Which variant of the model, such as int8 or fp16."),
         click.option("--model", metavar="NAME", help="Needed only when several models do this task."),
     ):
@@ -74,8 +102,9 @@ def generation_options(command: F) -> F:
 
 
 def model_options(command: F) -> F:
-    """--model and --precision."""
+    """--model, --precision and --priority for models that generate."""
     for option in (
+        _priority,
         click.option("--precision", metavar="NAME", help="Which variant of the model, such as int8-weights."),
         click.option("--model", metavar="NAME", help="Needed only when several models generate."),
     ):
@@ -86,8 +115,29 @@ def model_options(command: F) -> F:
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 
 
-def open_client(url: str | None, protocol: str | None, timeout: float) -> Client:
-    return Client(url, protocol, timeout=timeout)
+def open_client(
+    url: str | None,
+    protocol: str | None,
+    timeout: float,
+    token_file: Path | None,
+    ca: Path | None,
+    log_json: Path | None,
+) -> Client:
+    token = read_token(token_file) if token_file else None
+    client = Client(url, protocol, timeout=timeout, token=token, ca=ca)
+    if log_json is not None:
+        log_to(log_json)
+    return client
+
+
+def log_to(path: Path) -> None:
+    """Every request of this process, also those that succeed."""
+    try:
+        handler = records.JsonLines(path)
+    except OSError as error:
+        raise click.UsageError(f"--log-json {path}: {error.strerror}") from None
+    records.LOGGER.addHandler(handler)
+    records.LOGGER.setLevel(logging.DEBUG)
 
 
 def read_lines() -> list[str]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from .codec import Array, InferReply, InferRequest
 from .errors import UnexpectedAnswer
+from .wire import PRIORITY, microseconds
 
 # The answer's JSON has no types, and a single value stands for a list of one.
 _TYPES: dict[str, Any] = {
@@ -29,9 +30,13 @@ def path(request: InferRequest) -> str:
     return f"/v2/models/{quote(request.model, safe='')}/generate_stream"
 
 
-def body(request: InferRequest) -> bytes:
-    # No request id: this extension hands it to the model as a parameter, among those it is to refuse.
-    return json.dumps({name: _plain(array) for name, array in request.inputs.items()}).encode()
+def body(request: InferRequest, timeout: float) -> bytes:
+    """What is no input becomes a parameter of the request; `id` its id as well."""
+    document = {name: _plain(array) for name, array in request.inputs.items()}
+    document |= {"id": request.request_id, "timeout": microseconds(timeout)}
+    if request.priority:
+        document[PRIORITY] = request.priority
+    return json.dumps(document).encode()
 
 
 def _plain(array: Array) -> Any:
@@ -63,7 +68,8 @@ def reply(request: InferRequest, data: bytes, status: int) -> InferReply:
             msg=str(document["error"]), status=str(status if status >= 400 else 400)
         )
     outputs = {name: _array(name, document[name]) for name in request.outputs if name in document}
-    return InferReply(request.model, request.request_id, outputs)
+    version = str(document.get("model_version", ""))
+    return InferReply(request.model, request.request_id, outputs, version)
 
 
 def _array(name: str, value: Any) -> Array:

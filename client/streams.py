@@ -11,6 +11,7 @@ from . import generate
 from .codec import InferReply, InferRequest
 from .errors import Cancelled, ClientError, UnexpectedAnswer
 from .flows import located
+from .records import outcome_of
 from .retry import Attempts, Clock
 from .transport import AsyncReplyStream, ReplyStream, Transport
 from .types import Delta, Generation
@@ -23,7 +24,7 @@ class _Pieces:
         self._attempts, self._clock, self._logprobs = attempts, clock, logprobs
         self._assembly = generate.Assembly(logprobs=logprobs)
         self._waiting: deque[Delta] = deque()
-        self._request: InferRequest | None = None
+        self._version = ""
         self._begun = self._ended = self._closed = False
 
     @property
@@ -38,6 +39,7 @@ class _Pieces:
 
     def _take(self, reply: InferReply) -> None:
         self._begun = True
+        self._version = reply.version
         for delta in generate.parse_deltas(reply, logprobs=self._logprobs) if reply.outputs else ():
             self._assembly.add(delta)
             self._waiting.append(delta)
@@ -45,21 +47,23 @@ class _Pieces:
     def _exhausted(self) -> None:
         """No more comes: an answer that is not finished then is an error, unless we closed the stream."""
         self._ended = True
-        if not (self._closed or self._assembly.finished):
-            request = self._request
-            raise UnexpectedAnswer(
-                "the stream ended before the answer did",
-                model=request.model if request else None,
-                request_id=request.request_id if request else None,
-            )
+        if self._assembly.finished:
+            self._attempts.end("completed", version=self._version)
+        elif not self._closed:
+            error: ClientError = UnexpectedAnswer("the stream ended before the answer did")
+            if self._attempts.request is not None:
+                error = located(error, self._attempts.request)
+            self._attempts.end("failed", error=error)
+            raise error
 
     def _wait_after(self, error: ClientError) -> float:
         """Seconds until the next attempt; the error raised when there must be none: pieces come once."""
-        if self._request is not None:
-            located(error, self._request)
+        if self._attempts.request is not None:
+            located(error, self._attempts.request)
         if not self._begun and not self._closed:
             return self._attempts.wait_after(error, idempotent=True)
         self._ended = True
+        self._attempts.end(outcome_of(error), error=error)
         raise error
 
 
@@ -72,7 +76,6 @@ class Stream(_Pieces):
 
     def __init__(
         self,
-        request: InferRequest,
         start: Callable[[], ReplyStream],
         attempts: Attempts,
         clock: Clock,
@@ -80,7 +83,7 @@ class Stream(_Pieces):
         logprobs: bool,
     ) -> None:
         super().__init__(attempts, clock, logprobs=logprobs)
-        self._request, self._start = request, start
+        self._start = start
         self._replies = self._connect()
 
     def __iter__(self) -> Self:
@@ -102,6 +105,7 @@ class Stream(_Pieces):
     def close(self) -> None:
         self._closed = True
         self._replies.close()
+        self._attempts.end("cancelled")
 
     def __enter__(self) -> Self:
         return self
@@ -114,6 +118,7 @@ class Stream(_Pieces):
     def _connect(self) -> ReplyStream:
         while True:
             try:
+                self._attempts.begin()
                 return self._start()
             except ClientError as error:
                 self._clock.sleep(self._wait_after(error))
@@ -127,7 +132,7 @@ class Stream(_Pieces):
             self._exhausted()
         except ClientError as error:
             if self._assembly.finished:  # the answer is whole, whatever became of the call behind it
-                self._ended = True
+                self._exhausted()
                 return
             self._clock.sleep(self._wait_after(error))
             if not self._closed:
@@ -147,7 +152,9 @@ class Single:
     def reply(self, attempts: Attempts, clock: Clock) -> InferReply:
         while True:
             try:
-                return self._attempt(attempts.remaining())
+                reply = self._attempt(attempts.begin())
+                attempts.end("completed", version=reply.version)
+                return reply
             except ClientError as error:
                 clock.sleep(attempts.wait_after(located(error, self._request), idempotent=True))
 
@@ -207,6 +214,7 @@ class AsyncStream(_Pieces):
         self._closed = True
         if self._replies is not None:
             await self._replies.close()
+        self._attempts.end("cancelled")
 
     async def __aenter__(self) -> Self:
         return self
@@ -219,7 +227,8 @@ class AsyncStream(_Pieces):
     async def _receive(self) -> None:
         try:
             if self._replies is None:
-                self._request, self._replies = await self._start()
+                self._attempts.begin()
+                self._attempts.request, self._replies = await self._start()
                 if self._closed:  # by another task, meanwhile
                     await self._replies.close()
             self._take(await anext(self._replies))
@@ -229,7 +238,7 @@ class AsyncStream(_Pieces):
             self._exhausted()
         except ClientError as error:
             if self._assembly.finished:
-                self._ended = True
+                self._exhausted()
                 return
             self._replies = None
             await self._clock.sleep_async(self._wait_after(error))

@@ -16,7 +16,9 @@ from .types import Protocol as WireProtocol
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping
 
-Question = Literal["config", "index", "statistics", "metadata"]
+    from .access import Access
+
+Question = Literal["config", "statistics", "metadata"]
 
 
 class ReplyStream(Protocol):
@@ -93,6 +95,11 @@ class Endpoint:
     tls: bool = False
 
     @property
+    def host(self) -> str:
+        """Without the port; an IPv6 address keeps its brackets."""
+        return self.address.partition("/")[0].rpartition(":")[0]
+
+    @property
     def url(self) -> str:
         if self.protocol == "http":
             return f"{'https' if self.tls else 'http'}://{self.address}"
@@ -128,14 +135,16 @@ class Endpoint:
         return cls(spoken or ("http" if protocol == "http" else "grpc"), address, tls)
 
 
-def open_transport(endpoint: Endpoint) -> Transport:
+def open_transport(endpoint: Endpoint, access: Access) -> Transport:
     # Imported here: tritonclient takes longer to import than all of the client.
     from . import triton_sync
 
-    return triton_sync.Grpc(endpoint) if endpoint.protocol == "grpc" else triton_sync.Http(endpoint)
+    kind = triton_sync.Grpc if endpoint.protocol == "grpc" else triton_sync.Http
+    return kind(endpoint, access)
 
 
-def open_async_transport(endpoint: Endpoint) -> AsyncTransport:
+def open_async_transport(endpoint: Endpoint, access: Access) -> AsyncTransport:
     from . import triton_async
 
-    return triton_async.Grpc(endpoint) if endpoint.protocol == "grpc" else triton_async.Http(endpoint)
+    kind = triton_async.Grpc if endpoint.protocol == "grpc" else triton_async.Http
+    return kind(endpoint, access)

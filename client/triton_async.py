@@ -11,6 +11,7 @@ import tritonclient.http
 import tritonclient.http.aio
 
 from . import triton_async_streams, wire
+from .access import Access
 from .codec import InferReply, InferRequest
 from .failures import translate
 from .transport import Endpoint, Question
@@ -19,8 +20,8 @@ from .transport import Endpoint, Question
 class _PerLoop:
     """Opens tritonclient's object in the loop that uses it: its sockets cannot move to another."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self.endpoint = endpoint
+    def __init__(self, endpoint: Endpoint, access: Access) -> None:
+        self.endpoint, self._access = endpoint, access
         self._opened: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -43,36 +44,38 @@ class _Channel(_PerLoop):
     """gRPC for streams; tritonclient's object has a channel of its own."""
 
     def _open(self) -> Any:
-        return triton_async_streams.open_channel(self.endpoint)
+        return triton_async_streams.open_channel(self.endpoint, self._access)
 
 
 class _Session(_PerLoop):
     """HTTP for streams."""
 
     def _open(self) -> Any:
-        return triton_async_streams.open_session()
+        return triton_async_streams.open_session(self.endpoint, self._access)
 
 
 class Grpc(_PerLoop):
-    def __init__(self, endpoint: Endpoint) -> None:
-        super().__init__(endpoint)
-        self._channel = _Channel(endpoint)
+    def __init__(self, endpoint: Endpoint, access: Access) -> None:
+        super().__init__(endpoint, access)
+        self._channel = _Channel(endpoint, access)
 
     async def close(self) -> None:
         await self._channel.close()
         await super().close()
 
     def stream(self, request: InferRequest, timeout: float) -> triton_async_streams.Grpc:
-        return triton_async_streams.Grpc(self._channel._client, self.endpoint.url, request, timeout)
+        opened = self._channel._client
+        return triton_async_streams.Grpc(opened, self.endpoint, self._access, request, timeout)
 
     def _open(self) -> Any:
+        credentials = self._access.channel_credentials() if self.endpoint.tls else None
         return tritonclient.grpc.aio.InferenceServerClient(
-            self.endpoint.address, ssl=self.endpoint.tls, channel_args=wire.CHANNEL_ARGUMENTS
+            self.endpoint.address, creds=credentials, channel_args=wire.CHANNEL_ARGUMENTS
         )
 
     async def infer(self, request: InferRequest, timeout: float) -> InferReply:
         try:
-            arguments = wire.infer_arguments(tritonclient.grpc, request, timeout)
+            arguments = wire.infer_arguments(tritonclient.grpc, request, timeout, self._access)
             return wire.reply_of(request, await self._client().infer(**arguments, client_timeout=timeout))
         except Exception as error:
             raise translate(
@@ -82,35 +85,41 @@ class Grpc(_PerLoop):
     async def ask(self, question: Question, model: str, timeout: float) -> Any:
         method = getattr(self._client(), wire.QUESTIONS[question])
         try:
-            answer = await method(
-                *wire.question_arguments(question, model), as_json=True, client_timeout=timeout
+            return await method(
+                *wire.question_arguments(question, model),
+                as_json=True,
+                client_timeout=timeout,
+                headers=self._access.headers(),
             )
         except Exception as error:
             raise translate(error, url=self.endpoint.url, model=model or None, request_id=None) from error
-        return wire.answer_of(question, answer)
 
 
 class Http(_PerLoop):
-    def __init__(self, endpoint: Endpoint) -> None:
-        super().__init__(endpoint)
-        self._session = _Session(endpoint)
+    def __init__(self, endpoint: Endpoint, access: Access) -> None:
+        super().__init__(endpoint, access)
+        self._session = _Session(endpoint, access)
 
     async def close(self) -> None:
         await self._session.close()
         await super().close()
 
     def stream(self, request: InferRequest, timeout: float) -> triton_async_streams.Http:
-        return triton_async_streams.Http(self._session._client, self.endpoint, request, timeout)
+        opened = self._session._client
+        return triton_async_streams.Http(opened, self.endpoint, self._access, request, timeout)
 
     def _open(self) -> Any:
         # Its own timeout is off: each call has its own, below.
         return tritonclient.http.aio.InferenceServerClient(
-            self.endpoint.address, ssl=self.endpoint.tls, conn_timeout=None
+            self.endpoint.address,
+            ssl=self.endpoint.tls,
+            ssl_context=self._access.context if self.endpoint.tls else None,
+            conn_timeout=None,
         )
 
     async def infer(self, request: InferRequest, timeout: float) -> InferReply:
         try:
-            arguments = wire.infer_arguments(tritonclient.http, request, timeout)
+            arguments = wire.infer_arguments(tritonclient.http, request, timeout, self._access)
             async with asyncio.timeout(timeout):
                 return wire.reply_of(request, await self._client().infer(**arguments))
         except Exception as error:
@@ -122,7 +131,6 @@ class Http(_PerLoop):
         method = getattr(self._client(), wire.QUESTIONS[question])
         try:
             async with asyncio.timeout(timeout):
-                answer = await method(*wire.question_arguments(question, model))
+                return await method(*wire.question_arguments(question, model), headers=self._access.headers())
         except Exception as error:
             raise translate(error, url=self.endpoint.url, model=model or None, request_id=None) from error
-        return wire.answer_of(question, answer)

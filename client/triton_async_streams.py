@@ -11,6 +11,7 @@ import grpc.aio
 from tritonclient.grpc import service_pb2_grpc
 
 from . import sse, wire
+from .access import Access
 from .codec import InferReply, InferRequest
 from .errors import ClientError
 from .transport import Endpoint
@@ -20,25 +21,36 @@ from .triton_streams import stream_failure
 LINE_BYTES = 2**23
 
 
-def open_channel(endpoint: Endpoint) -> Any:
+def open_channel(endpoint: Endpoint, access: Access) -> Any:
     if endpoint.tls:
-        credentials = grpc.ssl_channel_credentials()
+        credentials = access.channel_credentials()
         return grpc.aio.secure_channel(endpoint.address, credentials, options=wire.CHANNEL_ARGUMENTS)
     return grpc.aio.insecure_channel(endpoint.address, options=wire.CHANNEL_ARGUMENTS)
 
 
-def open_session() -> Any:
+def open_session(endpoint: Endpoint, access: Access) -> Any:
     import aiohttp
 
-    # Its own timeout is off: each wait has its own.
-    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None), read_bufsize=LINE_BYTES)
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(ssl=access.context if endpoint.tls else True),
+        timeout=aiohttp.ClientTimeout(total=None),  # each wait has its own
+        read_bufsize=LINE_BYTES,
+    )
 
 
 class _Stream:
     """Opened with the first wait, because only a running loop has channels; closed by whatever ends it."""
 
-    def __init__(self, opened: Callable[[], Any], url: str, request: InferRequest, timeout: float) -> None:
-        self._opened, self._url, self._request, self._timeout = opened, url, request, timeout
+    def __init__(
+        self,
+        opened: Callable[[], Any],
+        endpoint: Endpoint,
+        access: Access,
+        request: InferRequest,
+        timeout: float,
+    ) -> None:
+        self._opened, self._url, self._request, self._timeout = opened, endpoint.url, request, timeout
+        self._headers = access.headers(request.request_id)
         self._closed = False
 
     def __aiter__(self) -> Self:
@@ -91,7 +103,8 @@ class Grpc(_Stream):
     async def _next(self) -> InferReply | None:
         if self._call is None:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(self._opened())
-            self._call = stub.ModelStreamInfer(iter([wire.stream_message(self._request)]))
+            message = wire.stream_message(self._request, self._timeout)
+            self._call = stub.ModelStreamInfer(iter([message]), metadata=tuple(self._headers.items()))
         response = await self._call.read()
         while response is not grpc.aio.EOF and response.error_message:
             # As in the blocking transport: a call that is about to end is not to be cancelled.
@@ -112,17 +125,13 @@ class Grpc(_Stream):
 class Http(_Stream):
     _response: Any = None
 
-    def __init__(
-        self, opened: Callable[[], Any], endpoint: Endpoint, request: InferRequest, timeout: float
-    ) -> None:
-        super().__init__(opened, endpoint.url, request, timeout)
-
     async def _next(self) -> InferReply | None:
         if self._response is None:
             self._response = await self._opened().post(
                 self._url + sse.path(self._request),
-                data=sse.body(self._request),
-                headers={"Content-Type": "application/json"},
+                data=sse.body(self._request, self._timeout),
+                headers={"Content-Type": "application/json", **self._headers},
+                allow_redirects=False,
             )
         status = self._response.status
         while line := await self._response.content.readline():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import http.client
 import socket
-import ssl
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Self
 
@@ -17,6 +17,7 @@ from tritonclient.grpc import service_pb2_grpc
 from tritonclient.grpc._utils import get_error_grpc
 
 from . import sse, wire
+from .access import Access
 from .codec import InferReply, InferRequest
 from .errors import Cancelled, ClientError, DeadlineExceeded
 from .failures import translate
@@ -24,9 +25,9 @@ from .transport import Endpoint
 from .watch import Watch
 
 
-def open_channel(endpoint: Endpoint) -> Any:
+def open_channel(endpoint: Endpoint, access: Access) -> Any:
     if endpoint.tls:
-        credentials = grpc.ssl_channel_credentials()
+        credentials = access.channel_credentials()
         return grpc.secure_channel(endpoint.address, credentials, options=wire.CHANNEL_ARGUMENTS)
     return grpc.insecure_channel(endpoint.address, options=wire.CHANNEL_ARGUMENTS)
 
@@ -47,12 +48,15 @@ def stream_failure(error: BaseException, url: str, request: InferRequest) -> Cli
 class Grpc:
     """One call. Our side sends one request and is done; Triton ends the call after the last response."""
 
-    def __init__(self, channel: Any, url: str, request: InferRequest, timeout: float) -> None:
+    def __init__(
+        self, channel: Any, url: str, request: InferRequest, timeout: float, metadata: Mapping[str, str]
+    ) -> None:
         self._url, self._request, self._timeout = url, request, timeout
         self._closed = False
         try:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-            self._call = stub.ModelStreamInfer(iter([wire.stream_message(request)]))
+            message = wire.stream_message(request, timeout)
+            self._call = stub.ModelStreamInfer(iter([message]), metadata=tuple(metadata.items()))
         except Exception as error:
             raise stream_failure(error, url, request) from error
         self._watch = Watch(self._call.cancel)
@@ -103,16 +107,15 @@ class Grpc:
 class Http:
     """One connection, closed with the stream: that is how Triton learns that nobody reads any more."""
 
-    def __init__(self, endpoint: Endpoint, request: InferRequest, timeout: float) -> None:
+    def __init__(self, endpoint: Endpoint, access: Access, request: InferRequest, timeout: float) -> None:
         self._url, self._request = endpoint.url, request
         self._closed = False
         self._socket: socket.socket | None = None
         host, _, base = endpoint.address.partition("/")
         self._path = f"/{base}{sse.path(request)}" if base else sse.path(request)
         if endpoint.tls:
-            context = ssl.create_default_context()
             self._connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                host, timeout=timeout, context=context
+                host, timeout=timeout, context=access.context
             )
         else:
             self._connection = http.client.HTTPConnection(host, timeout=timeout)
@@ -120,8 +123,8 @@ class Http:
         try:
             self._connection.connect()
             self._socket = self._connection.sock
-            headers = {"Content-Type": "application/json"}
-            self._connection.request("POST", self._path, sse.body(request), headers)
+            headers = {"Content-Type": "application/json", **access.headers(request.request_id)}
+            self._connection.request("POST", self._path, sse.body(request, timeout), headers)
         except Exception as error:
             self.close()
             raise stream_failure(error, self._url, request) from error

@@ -12,23 +12,25 @@ import tritonclient.grpc
 import tritonclient.http
 
 from . import triton_streams, wire
+from .access import Access
 from .codec import InferReply, InferRequest
 from .failures import translate
 from .transport import Endpoint, Question
 
 
 class Grpc:
-    def __init__(self, endpoint: Endpoint) -> None:
-        self.endpoint = endpoint
+    def __init__(self, endpoint: Endpoint, access: Access) -> None:
+        self.endpoint, self._access = endpoint, access
+        credentials = access.channel_credentials() if endpoint.tls else None
         self._client = tritonclient.grpc.InferenceServerClient(
-            endpoint.address, ssl=endpoint.tls, channel_args=wire.CHANNEL_ARGUMENTS
+            endpoint.address, creds=credentials, channel_args=wire.CHANNEL_ARGUMENTS
         )
         self._channel: Any = None  # for streams; opened with the first
         self._lock = threading.Lock()
 
     def infer(self, request: InferRequest, timeout: float) -> InferReply:
         try:
-            arguments = wire.infer_arguments(tritonclient.grpc, request, timeout)
+            arguments = wire.infer_arguments(tritonclient.grpc, request, timeout, self._access)
             return wire.reply_of(request, self._client.infer(**arguments, client_timeout=timeout))
         except Exception as error:
             raise translate(
@@ -38,17 +40,22 @@ class Grpc:
     def stream(self, request: InferRequest, timeout: float) -> triton_streams.Grpc:
         with self._lock:
             if self._channel is None:
-                self._channel = triton_streams.open_channel(self.endpoint)
+                self._channel = triton_streams.open_channel(self.endpoint, self._access)
             channel = self._channel
-        return triton_streams.Grpc(channel, self.endpoint.url, request, timeout)
+        metadata = self._access.headers(request.request_id)
+        return triton_streams.Grpc(channel, self.endpoint.url, request, timeout, metadata)
 
     def ask(self, question: Question, model: str, timeout: float) -> Any:
         method = getattr(self._client, wire.QUESTIONS[question])
         try:
-            answer = method(*wire.question_arguments(question, model), as_json=True, client_timeout=timeout)
+            return method(
+                *wire.question_arguments(question, model),
+                as_json=True,
+                client_timeout=timeout,
+                headers=self._access.headers(),
+            )
         except Exception as error:
             raise translate(error, url=self.endpoint.url, model=model or None, request_id=None) from error
-        return wire.answer_of(question, answer)
 
     def close(self) -> None:
         self._client.close()
@@ -59,8 +66,8 @@ class Grpc:
 class Http:
     """tritonclient's HTTP client runs on gevent, whose sockets belong to one thread: one per thread."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self.endpoint = endpoint
+    def __init__(self, endpoint: Endpoint, access: Access) -> None:
+        self.endpoint, self._access = endpoint, access
         self._local = threading.local()
 
     def _client(self) -> Any:
@@ -68,14 +75,19 @@ class Http:
         if client is None:
             # Its own timeouts are off: each call has its own, below.
             client = tritonclient.http.InferenceServerClient(
-                self.endpoint.address, ssl=self.endpoint.tls, connection_timeout=None, network_timeout=None
+                self.endpoint.address,
+                ssl=self.endpoint.tls,
+                # Named in this way they take the place of the usual authorities instead of joining them.
+                ssl_options={"ca_certs": str(self._access.ca)} if self._access.ca else None,
+                connection_timeout=None,
+                network_timeout=None,
             )
             self._local.client = client
         return client
 
     def infer(self, request: InferRequest, timeout: float) -> InferReply:
         try:
-            arguments = wire.infer_arguments(tritonclient.http, request, timeout)
+            arguments = wire.infer_arguments(tritonclient.http, request, timeout, self._access)
             with self._within(timeout):
                 return wire.reply_of(request, self._client().infer(**arguments))
         except Exception as error:
@@ -84,16 +96,15 @@ class Http:
             ) from error
 
     def stream(self, request: InferRequest, timeout: float) -> triton_streams.Http:
-        return triton_streams.Http(self.endpoint, request, timeout)
+        return triton_streams.Http(self.endpoint, self._access, request, timeout)
 
     def ask(self, question: Question, model: str, timeout: float) -> Any:
         try:
             with self._within(timeout):
                 method = getattr(self._client(), wire.QUESTIONS[question])
-                answer = method(*wire.question_arguments(question, model))
+                return method(*wire.question_arguments(question, model), headers=self._access.headers())
         except Exception as error:
             raise translate(error, url=self.endpoint.url, model=model or None, request_id=None) from error
-        return wire.answer_of(question, answer)
 
     @contextmanager
     def _within(self, timeout: float) -> Iterator[None]:

@@ -155,36 +155,44 @@ class GenerationStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelStatus:
-    """A model's state and its statistics since the server started; times are means per request, in ms.
+    """A loaded model and its counts since the server started. Times are means per request, in ms.
 
-    `generation` is None for models that do not generate, and where the server's metrics cannot be read.
-
-    `failed` counts as Triton does: requests it rejected or could not run; an answer in which the model itself
-    refuses its input counts as a request served.
+    From the model's own metrics: `rejected` by reason, `queue_ms` from a request's arrival to its start,
+    `request_ms` and `p99_ms` to its last response, `mean_batch_size` of the `texts` computed in `runs` of
+    the engine. A model of Triton's own backends publishes none; then these are Triton's figures. Where the
+    metrics cannot be read they are None, and `requests` and `failed` are Triton's. `generation` is None for
+    models that do not generate.
     """
 
     name: str
     version: str
-    state: str
-    reason: str
     task: str | None
     precision: str | None
     requests: int
     failed: int
-    inferences: int
-    executions: int
-    mean_batch_size: float | None
-    queue_ms: float | None
-    compute_ms: float | None
-    cache_hits: int
-    cache_misses: int
+    rejected: Mapping[str, int] | None = None
+    texts: int | None = None
+    runs: int | None = None
+    mean_batch_size: float | None = None
+    queue_ms: float | None = None
+    request_ms: float | None = None
+    p99_ms: float | None = None
+    cache_hits: int = 0
+    cache_misses: int = 0
+    resident_bytes: int | None = None
+    planned_bytes: int | None = None
     generation: GenerationStatus | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerStatus:
+    """`metrics` is where the models' metrics were looked for, empty where no address is known;
+    `metrics_error` says why there are none."""
+
     url: str
     protocol: Protocol
     server: str
     version: str
     models: tuple[ModelStatus, ...]
+    metrics: str = ""
+    metrics_error: str | None = None

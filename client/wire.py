@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .access import Access
 from .codec import InferReply, InferRequest
 
 # gRPC waits longer and longer before it connects again to a server that was away; our own retries are the
@@ -15,24 +16,28 @@ CHANNEL_ARGUMENTS: list[tuple[str, Any]] = [
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
+# Triton's own priority reaches no Python model, so the models read a parameter of ours.
+PRIORITY = "onecard_priority"
 
 
-def infer_arguments(module: Any, request: InferRequest, timeout: float) -> dict[str, Any]:
-    """Keyword arguments of tritonclient's `infer`; `module` is tritonclient.grpc or tritonclient.http.
-
-    The queue timeout goes along, in microseconds, so that a model that allows it drops a request nobody waits
-    for any more.
-    """
+def infer_arguments(module: Any, request: InferRequest, timeout: float, access: Access) -> dict[str, Any]:
+    """Keyword arguments of tritonclient's `infer`; `module` is tritonclient.grpc or tritonclient.http."""
     return {
         "model_name": request.model,
-        "inputs": _tensors(module, request),
+        "inputs": input_tensors(module, request),
         "request_id": request.request_id,
-        "priority": request.priority,
-        "timeout": max(1, int(timeout * 1e6)),
+        "timeout": microseconds(timeout),
+        "parameters": {PRIORITY: request.priority} if request.priority else None,
+        "headers": access.headers(request.request_id),
     }
 
 
-def _tensors(module: Any, request: InferRequest) -> list[Any]:
+def microseconds(timeout: float) -> int:
+    """The time left, as Triton carries it: the model drops a request that nobody waits for any more."""
+    return max(1, int(timeout * 1e6))
+
+
+def input_tensors(module: Any, request: InferRequest) -> list[Any]:
     from tritonclient.utils import np_to_triton_dtype
 
     tensors = []
@@ -43,8 +48,8 @@ def _tensors(module: Any, request: InferRequest) -> list[Any]:
     return tensors
 
 
-def stream_message(request: InferRequest) -> Any:
-    """The ModelInferRequest that a stream carries.
+def stream_message(request: InferRequest, timeout: float | None = None) -> Any:
+    """The ModelInferRequest that a stream carries; `timeout` in seconds is for its first response.
 
     The stream is opened without Triton's header `triton_grpc_error`, which would turn an error text into a
     status: with it Triton 2.51 crashes within some tens of errors (signal 11).
@@ -53,9 +58,13 @@ def stream_message(request: InferRequest) -> Any:
     from tritonclient.grpc import service_pb2
 
     message = service_pb2.ModelInferRequest(model_name=request.model, id=request.request_id)
-    for tensor in _tensors(tritonclient.grpc, request):
+    for tensor in input_tensors(tritonclient.grpc, request):
         message.inputs.append(tensor._get_tensor())
         message.raw_input_contents.append(tensor._get_content())
+    if timeout is not None:
+        message.parameters["timeout"].int64_param = microseconds(timeout)
+    if request.priority:
+        message.parameters[PRIORITY].int64_param = request.priority
     return message
 
 
@@ -76,12 +85,14 @@ def reply_of(request: InferRequest, result: Any) -> InferReply:
     """Outputs the server left out are left out here too; the codec says what is missing."""
     arrays = {name: result.as_numpy(name) for name in request.outputs}
     present = {name: array for name, array in arrays.items() if array is not None}
-    return InferReply(request.model, request.request_id, present)
+    response = result.get_response()
+    # tritonclient's HTTP gives the response's JSON, its gRPC the message.
+    version = response.get("model_version") if isinstance(response, dict) else response.model_version
+    return InferReply(request.model, request.request_id, present, str(version or ""))
 
 
 QUESTIONS = {
     "config": "get_model_config",
-    "index": "get_model_repository_index",
     "statistics": "get_inference_statistics",
     "metadata": "get_server_metadata",
 }
@@ -89,10 +100,3 @@ QUESTIONS = {
 
 def question_arguments(question: str, model: str) -> tuple[str, ...]:
     return (model,) if question == "config" else ()
-
-
-def answer_of(question: str, answer: Any) -> Any:
-    """gRPC wraps the repository index in `models`, HTTP gives the list itself."""
-    if question == "index" and isinstance(answer, dict):
-        return answer.get("models", [])
-    return answer

@@ -34,7 +34,7 @@ HEAVY = {
 # stages, all in one layer, never import each other.
 LAYERS: list[dict[str, tuple[str, ...]]] = [
     {"errors": ("errors",)},
-    {"basics": ("atomic", "cards", "metrics", "stack_fields")},
+    {"basics": ("atomic", "cards", "findings", "host", "metrics", "nvidia", "stack_fields", "untrusted")},
     {"stack": ("stack", "stack_model", "stack_types")},
     {
         "plan": ("plan", "memory", "decoder_memory", "modelopt", "profiles", "proposals", "shapes"),
@@ -54,24 +54,33 @@ LAYERS: list[dict[str, tuple[str, ...]]] = [
     },
     {
         "fallback": ("fallback",),
+        "golden": ("golden",),
         "streaming": ("decoder_reference", "decoder_sensitivity", "decoder_stream", "decoder_texts"),
-        "inspection": ("inspection", "gpu_here"),
+        "inspection": ("digests", "inspection", "gpu_here"),
         "console": ("console",),
     },
     {"precision": ("precision", "decoder_precision", "decoder_kernels")},
     {"pipeline": ("pipeline",)},
-    {"flagship": ("flagship",), "bench": ("gpu",)},
+    {"flagship": ("flagship",), "bench": ("gpu",), "doctor": ("doctor", "doctor_stack")},
+    {"options": ("options",)},
+    {"checks": ("cli_checks",)},
     {"cli": ("cli",)},
 ]
 # What may be imported across packages, by prefix of the importing module; the longest prefix counts.
 ACROSS: dict[str, set[str]] = {
     "build_engines": {"calibration.samples", "triton_repo.runtime"},
+    # What the machine lacks is asked of all packages, and put together here.
+    "build_engines.cli": {"calibration.samples", "triton_repo.runtime"},
+    "build_engines.cli_checks": {"triton_repo.doctor", "triton_repo.runtime"},
     # The whole way, from the build to a client's request, is what it measures.
     "build_engines.gpu.served": {"client", "triton_repo"},
     "calibration": {"build_engines.errors"},
     "client": set(),
     "triton_repo": {"build_engines.errors", "build_engines.stack"},
+    "triton_repo.doctor": {"build_engines.errors", "build_engines.findings", "build_engines.stack"},
     "triton_repo.running": {"build_engines.atomic", "build_engines.errors"},
+    "triton_repo.deploy": {"build_engines.atomic", "build_engines.errors", "build_engines.stack"},
+    "triton_repo.summary": {"build_engines.atomic", "build_engines.stack", "calibration.samples"},
     "triton_repo.writer": {
         "build_engines.atomic",
         "build_engines.errors",

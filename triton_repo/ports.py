@@ -41,17 +41,23 @@ def check(host: str, ports: Ports) -> None:
         raise ServerError(f"the three services need different ports, not {ports.named()}")
     problems = []
     for name, port in ports.named().items():
-        try:
-            with _bound(host, port):
-                pass
-        except OSError as error:
-            problems.append(f"{name} port {port}: {error.strerror or error}")
+        if reason := refusal(host, port):
+            problems.append(f"{name} port {port}: {reason}")
     if problems:
         raise ServerError(
             f"cannot listen on {host}: {'; '.join(problems)}",
             cause="another server is running" if "in use" in " ".join(problems) else None,
             next_step="stop it, choose others (--http-port, --grpc-port, --metrics-port) or use --free-ports",
         )
+
+
+def refusal(host: str, port: int) -> str | None:
+    """Why nothing can listen there now, or None where a server could."""
+    try:
+        with _bound(host, port):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 @contextlib.contextmanager

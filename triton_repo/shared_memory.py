@@ -34,15 +34,22 @@ def remove(prefix: str) -> list[str]:
 def remove_stale() -> list[str]:
     """Unlink the regions of servers whose starting process is gone (after kill -9, a lost container)."""
     removed = []
-    for path in SHM.glob("onecard_*"):
-        match = _NAME.match(path.name)
-        # A number means another process in another namespace: leave those alone.
-        if match is None or match[1] != _namespace() or Path(f"/proc/{match[2]}").exists():
-            continue
+    for path in stale():
         with contextlib.suppress(OSError):
             path.unlink()
             removed.append(path.name)
     return removed
+
+
+def stale() -> list[Path]:
+    """The regions of servers whose starting process is gone."""
+    found = []
+    for path in SHM.glob("onecard_*"):
+        match = _NAME.match(path.name)
+        # A number means another process in another namespace: leave those alone.
+        if match and match[1] == _namespace() and not Path(f"/proc/{match[2]}").exists():
+            found.append(path)
+    return found
 
 
 def check_room(instances: int) -> None:
@@ -53,12 +60,17 @@ def check_room(instances: int) -> None:
         raise ServerError(
             f"{SHM} is not available: {error.strerror}", next_step="mount a tmpfs on /dev/shm"
         ) from None
-    free, needed = status.f_bavail * status.f_frsize, instances * _FREE_BYTES_PER_INSTANCE
+    free, needed = status.f_bavail * status.f_frsize, needed_bytes(instances)
     if free < needed:
         raise ServerError(
             f"{SHM} has {free >> 20} MiB free; {instances} model instances need {needed >> 20} MiB",
             next_step="give the container a larger one (docker run --shm-size=1g), or remove what fills it",
         )
+
+
+def needed_bytes(instances: int) -> int:
+    """What must be free for that many model instances."""
+    return instances * _FREE_BYTES_PER_INSTANCE
 
 
 def _namespace() -> str:

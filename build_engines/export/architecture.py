@@ -21,6 +21,10 @@ GELU = {
     "gelu_python_tanh": "tanh",
 }
 PLAIN_ACTIVATIONS = {"relu": "Relu", "tanh": "Tanh", "silu": "Silu", "swish": "Silu"}
+# Far beyond any encoder; lists and tables of these lengths are made before any weight is looked at.
+MAX_LAYERS = 1024
+MAX_ROTARY_POSITIONS = 1 << 17
+_MAX_SIZE = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,13 +102,17 @@ def read_encoder(checkpoint: Checkpoint) -> Encoder:
     }
     prefix = _prefix(checkpoint, family)
     word_shape = checkpoint.shape(f"{prefix}{family.names.word}.weight")
-    sizes = {
-        key: _size(values[key], family.keys[key][0], folder) for key in ("hidden", "layers", "heads", "ffn")
-    }
+    sizes = {key: _size(values[key], family.keys[key][0], folder) for key in ("hidden", "heads", "ffn")}
+    sizes["layers"] = _size(values["layers"], family.keys["layers"][0], folder, MAX_LAYERS)
     if sizes["hidden"] % sizes["heads"]:
         raise ExportError(f"{folder}: hidden size {sizes['hidden']} is no multiple of {sizes['heads']} heads")
     modern = model_type == "modernbert"
-    positions = _size(values["positions"], "max_position_embeddings", folder)
+    # Rotary tables are computed; all others are as long as their table of weights.
+    longest = MAX_ROTARY_POSITIONS if modern else _MAX_SIZE
+    positions = _size(values["positions"], "max_position_embeddings", folder, longest)
+    pad_id = int(values["pad_id"])
+    if not 0 <= pad_id < word_shape[0]:
+        raise ExportError(f"{folder}/config.json: pad_token_id {pad_id} is none of {word_shape[0]} tokens")
     head_activation = family.head.activation
     if head_activation == "classifier_activation":
         head_activation = str(config.get(head_activation) or "gelu")
@@ -118,13 +126,13 @@ def read_encoder(checkpoint: Checkpoint) -> Encoder:
         vocabulary=word_shape[0],
         positions=positions,
         # RoBERTa counts positions from padding_idx + 1.
-        position_offset=int(values["pad_id"]) + 1 if "roberta" in model_type else 0,
+        position_offset=pad_id + 1 if "roberta" in model_type else 0,
         token_types=int(values.get("token_types", 0)) if family.names.token_type else 0,
         activation=values["activation"],
         head_activation=head_activation,
         head_pooling=_head_pooling(config, family, folder),
         norm_epsilon=float(values.get("norm_epsilon", 1e-12)),
-        pad_id=int(values["pad_id"]),
+        pad_id=pad_id,
         rotary=_rotary(config, sizes["layers"], positions, folder) if modern else None,
         attention_bias=not modern or bool(config.get("attention_bias", False)),
         ffn_bias=not modern or bool(config.get("mlp_bias", False)),
@@ -180,9 +188,11 @@ def _prefix(checkpoint: Checkpoint, family: Family) -> str:
     return found[0][: -len(ending)]
 
 
-def _size(value: Any, key: str, folder: Path) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ExportError(f"{folder}/config.json: {key} must be a positive integer, not {value!r}")
+def _size(value: Any, key: str, folder: Path, largest: int = _MAX_SIZE) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
+        raise ExportError(
+            f"{folder}/config.json: {key} must be an integer from 1 to {largest}, not {value!r:.40}"
+        )
     return value
 
 

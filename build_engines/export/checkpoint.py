@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import struct
 from collections.abc import Iterable, Iterator
@@ -20,13 +21,18 @@ import numpy as np
 import numpy.typing as npt
 
 from build_engines.errors import ExportError
+from build_engines.untrusted import read_json as read_bounded
 
 FloatArray = npt.NDArray[np.float32]
 Array = npt.NDArray[Any]
 
 # Widths of the storage types a float weight may have; BF16 is widened by hand.
 _NUMPY_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-_MAX_HEADER_BYTES = 100 << 20
+_WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# A shard of a large mixture of experts has 50,000 tensors of some 100 bytes each.
+MAX_HEADER_BYTES = 32 << 20
+MAX_TENSORS = 1 << 17
+MAX_DIMENSIONS = 8
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.bin")
 
 
@@ -80,7 +86,7 @@ class Checkpoint:
     def read(self, name: str) -> FloatArray:
         """Return the tensor as contiguous float32, whatever float type it is stored in."""
         entry = self.float_entry(name)
-        count = int(np.prod(entry.shape, dtype=np.int64))
+        count = math.prod(entry.shape)
         raw: Array = np.fromfile(entry.file, dtype=_NUMPY_TYPES[entry.dtype], count=count, offset=entry.start)
         if raw.size != count:
             raise _damaged(entry.file, "it ends before its last tensor")
@@ -151,10 +157,7 @@ def read_json(path: Path) -> dict[str, Any]:
             cause="the folder is not a Hugging Face checkpoint, or its download did not finish",
             next_step="run `build-engines fetch STACK`, or point `source` at the folder with config.json",
         )
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ExportError(f"{path} is not valid JSON: {error}") from error
+    loaded = read_bounded(path, ExportError)
     if not isinstance(loaded, dict):
         raise ExportError(f"{path} holds a {type(loaded).__name__}, not a JSON object")
     return loaded
@@ -222,26 +225,37 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         if len(prefix) < 8:
             raise _damaged(path, "it is shorter than a header")
         length = struct.unpack("<Q", prefix)[0]
-        if length > min(size - 8, _MAX_HEADER_BYTES):
+        if length > min(size - 8, MAX_HEADER_BYTES):
             raise _damaged(path, f"its header claims {length} bytes")
-        try:
-            table = json.loads(file.read(length))
-            return {
-                name: _entry(path, 8 + length, info) for name, info in table.items() if name != "__metadata__"
-            }
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise _damaged(path, f"its header cannot be read ({error})") from error
+        header = file.read(length)
+    # Each tensor has one brace and two brackets, counted before they become objects.
+    if max(2 * header.count(b"{"), header.count(b"[")) > 2 * MAX_TENSORS:
+        raise _damaged(path, f"its header has more than {MAX_TENSORS:,} tensors")
+    try:
+        table = json.loads(header).items()
+        return {name: _entry(path, 8 + length, size, info) for name, info in table if name != "__metadata__"}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(path, f"its header cannot be read ({str(error)[:200]})") from error
 
 
-def _entry(path: Path, base: int, info: dict[str, Any]) -> TensorEntry:
-    start, end = (base + int(offset) for offset in info["data_offsets"])
-    shape = tuple(int(size) for size in info["shape"])
-    if not base <= start <= end <= path.stat().st_size:
+def _entry(path: Path, base: int, size: int, info: dict[str, Any]) -> TensorEntry:
+    offsets, shape = _sizes(info["data_offsets"]), _sizes(info["shape"])
+    start, end = (base + offset for offset in offsets)
+    if len(shape) > MAX_DIMENSIONS:
+        raise _damaged(path, f"a tensor has {len(shape)} dimensions, more than {MAX_DIMENSIONS}")
+    if not base <= start <= end <= size:
         raise _damaged(path, "it is shorter than its header says")
-    width = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}.get(info["dtype"])
-    if width and end - start != width * int(np.prod(shape, dtype=np.int64)):
+    width = _WIDTHS.get(info["dtype"])
+    # In Python's integers: a product that wraps around would fit any length.
+    if width and end - start != width * math.prod(shape):
         raise _damaged(path, f"a tensor of shape {list(shape)} does not fill its {end - start} bytes")
     return TensorEntry(path, str(info["dtype"]), shape, start, end)
+
+
+def _sizes(found: Any) -> tuple[int, ...]:
+    if not isinstance(found, list) or not all(type(size) is int and size >= 0 for size in found):
+        raise ValueError(f"{found!r:.60} are no sizes")
+    return tuple(found)
 
 
 def _canonical(entries: dict[str, TensorEntry], folder: Path) -> dict[str, TensorEntry]:

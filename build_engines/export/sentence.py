@@ -5,13 +5,13 @@ Both spellings of pooling are read: `pooling_mode_mean_tokens: true` and, newer,
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from build_engines.errors import ExportError
 from build_engines.export.checkpoint import Checkpoint, read_json, read_weights_table
+from build_engines.untrusted import read_json as read_bounded
 
 _LEGACY_POOLING = {
     "pooling_mode_cls_token": "cls",
@@ -24,6 +24,7 @@ _LEGACY_POOLING = {
 # Class name of a Dense module's activation -> our name for it; None is the identity.
 _ACTIVATIONS = {"Identity": None, "Tanh": "tanh", "ReLU": "relu", "GELU": "gelu", "SiLU": "silu"}
 Pooling = Literal["mean", "cls"]
+MAX_MODULES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,15 +97,30 @@ def _modules(source: Path) -> list[dict[str, Any]]:
     path = source / "modules.json"
     if not path.is_file():
         return []
+    modules = read_bounded(path, ExportError)
     try:
-        modules = json.loads(path.read_text(encoding="utf-8"))
-        return sorted((dict(module) for module in modules), key=lambda module: int(module["idx"]))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        if len(modules) > MAX_MODULES:
+            raise ValueError(f"{len(modules):,} modules, more than {MAX_MODULES}")
+        found = sorted((dict(module) for module in modules), key=lambda module: int(module["idx"]))
+    except (ValueError, TypeError, KeyError) as error:
         raise ExportError(f"{path} is not a list of sentence-transformers modules: {error!r}") from error
+    for module in found:
+        _refuse_foreign(path, module.get("type"), "sentence_transformers.")
+    return found
 
 
 def _kind(module: dict[str, Any]) -> str:
     return str(module.get("type", "")).rsplit(".", 1)[-1]
+
+
+def _refuse_foreign(path: Path, name: Any, package: str) -> None:
+    """ExportError for a class that is not of `package`: sentence-transformers would import it by its name."""
+    if not str(name).startswith(package):
+        raise ExportError(
+            f"{path} names {name!r:.100}, which is not of {package.removesuffix('.')}",
+            cause="such a name is imported when the model is loaded, and its code is not ours to run",
+            next_step="choose a model built from the library's own modules",
+        )
 
 
 def _inside(source: Path, module: dict[str, Any]) -> str:
@@ -130,7 +146,9 @@ def _read_pooling(folder: Path) -> Pooling:
 
 def _read_dense(folder: Path) -> Dense:
     config = read_json(folder / "config.json")
-    activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh")).rsplit(".", 1)[-1]
+    named = config.get("activation_function", "torch.nn.modules.activation.Tanh")
+    _refuse_foreign(folder / "config.json", named, "torch.nn.")
+    activation = str(named).rsplit(".", 1)[-1]
     if activation not in _ACTIVATIONS:
         raise ExportError(
             f"{folder}: activation {activation} is not supported; supported are {', '.join(_ACTIVATIONS)}"

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from build_engines.errors import ExportError
 from build_engines.export.checkpoint import read_json
+from build_engines.untrusted import check_sizes
+
+# Of a text by a tokenizer's normalizer. That of Unicode's NFKC, in sentencepiece's models, is 33.
+MAX_GROWTH: Final = 256
 
 
 def write_tokenizer(folder: Path, out: Path, vocabulary: int, *, truncates: bool = True) -> Path:
@@ -25,6 +32,7 @@ def write_tokenizer(folder: Path, out: Path, vocabulary: int, *, truncates: bool
     from tokenizers import Tokenizer
 
     source = folder / "tokenizer.json"
+    check_sizes(str(folder), {path.name: path.stat().st_size for path in folder.glob("*.*")}, ExportError)
     try:
         alone = source.is_file() and not (folder / "tokenizer_config.json").is_file()
         tokenizer = Tokenizer.from_file(str(source)) if alone else _from_transformers(folder, truncates)
@@ -36,6 +44,7 @@ def write_tokenizer(folder: Path, out: Path, vocabulary: int, *, truncates: bool
             cause="the file is damaged, or needs a newer `tokenizers`",
             next_step="fetch the checkpoint again",
         ) from error
+    _refuse_growth(tokenizer, source)
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= vocabulary:
         raise ExportError(
@@ -72,6 +81,44 @@ def _from_transformers(folder: Path, truncates: bool) -> Any:
             next_step='set truncation_side = "right" in tokenizer_config.json to keep the start instead',
         )
     return fast.backend_tokenizer
+
+
+def _refuse_growth(tokenizer: Any, source: Path) -> None:
+    """ExportError for steps that together could turn a short text into one that fills memory."""
+    for part in (tokenizer.normalizer, tokenizer.decoder):
+        if part is None:
+            continue
+        # By pickling's protocol: to_str() would write the vocabulary, too.
+        growth = _growth(json.loads(part.__getstate__()))
+        if growth > MAX_GROWTH:
+            raise ExportError(
+                f"{source}: its {type(part).__name__} makes a text {growth:.3g} times as long, more than "
+                f"{MAX_GROWTH}",
+                cause="no tokenizer does; the file is damaged or hostile",
+                next_step="choose another checkpoint",
+            )
+
+
+def _growth(step: Any) -> float:
+    """How much longer a text can become in this step and those inside it."""
+    if isinstance(step, list):
+        return math.prod(map(_growth, step))
+    if not isinstance(step, dict):
+        return 1
+    inner = _growth([*step.get("normalizers", ()), *step.get("decoders", ())])
+    kind = step.get("type")
+    if kind == "Replace":
+        pattern, content = step["pattern"], len(step["content"])
+        # A regular expression can match between any two characters.
+        return max(1, content / len(pattern["String"])) if pattern.get("String") else 1 + content
+    if kind == "Prepend":
+        return float(1 + len(step["prepend"]))
+    if kind == "Precompiled":
+        # The size of a trie, the trie, and what characters are replaced by, each ended by a zero.
+        table = base64.b64decode(step["precompiled_charsmap"])
+        strings = table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")
+        return float(max(1, *map(len, strings)))
+    return inner
 
 
 def _lowercases_first(folder: Path) -> bool:

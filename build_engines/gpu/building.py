@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from build_engines.cards import RTX_COMPUTE_CAPABILITIES
-from build_engines.gpu.machine import Card
 from build_engines.gpu.models import EncoderSize, Sizes, write_model, write_stack_file
 from build_engines.gpu.results import Clock, Row, Skipped, said
 from build_engines.gpu.settings import Run
 from build_engines.gpu.timing import encoder_arrays
 from build_engines.manifest import StageRun
+from build_engines.nvidia import Card
 from build_engines.stack_types import compiles
 
 _SIDE: Final = "build"

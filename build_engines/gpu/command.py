@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Final
 
+from build_engines import nvidia
 from build_engines.errors import ArtifactError
 from build_engines.gpu import machine
 from build_engines.gpu.baselines import EAGER
@@ -41,7 +42,7 @@ def run_bench(settings: Settings, say: Say) -> Results:
         ArtifactError: nothing at all could be measured (the files are written all the same).
     """
     results = Results(say)
-    card, why = _find_card(settings)
+    card, why = _find(settings)
     results.facts = machine.describe(card, why)
     results.facts["settings"] = {**asdict(settings), "folder": str(settings.folder)}
     try:
@@ -61,12 +62,12 @@ def run_bench(settings: Settings, say: Say) -> Results:
     return results
 
 
-def _find_card(settings: Settings) -> tuple[machine.Card | None, str]:
+def _find(settings: Settings) -> tuple[nvidia.Card | None, str]:
     if not settings.on_gpu:
         return None, "this run was told to use the CPU"
     try:
-        return machine.find_card(), ""
-    except machine.NoGpu as reason:
+        return nvidia.find_card(), ""
+    except nvidia.NoGpu as reason:
         return None, str(reason)
 
 

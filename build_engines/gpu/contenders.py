@@ -89,6 +89,12 @@ def _prefilled(engine: Any, slot: int, prompt: list[int]) -> int:
     return int(logits.argmax())
 
 
+def taken(contender: str) -> dict[str, int]:
+    """Bytes on the GPU that the engine's own code took, by purpose; empty on the CPU."""
+    device = getattr(_loaded[contender], "_device", None)
+    return device.taken() if device else {}
+
+
 def run_largest(contender: str) -> None:
     """An encoder's largest batch at its largest length; an LLM's whole chunk, then a step of all slots."""
     engine = _loaded[contender]

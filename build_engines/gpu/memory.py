@@ -15,13 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from build_engines.gpu import contenders, machine
+from build_engines import nvidia
+from build_engines.cards import MIB
+from build_engines.gpu import contenders
+from build_engines.gpu.aims import PEAK, WHOLE
 from build_engines.gpu.models import LLM
 from build_engines.gpu.results import Clock, Failed, Row, Skipped
 from build_engines.gpu.settings import Run
 from build_engines.gpu.sides import Side
 
-MIB: Final = machine.MIB
 _OPEN_S: Final = 120.0
 _SAMPLE_S: Final = 0.01
 _SETTLE_S: Final = 0.3  # the driver gives a finished process's memory back a little later
@@ -39,6 +41,7 @@ class _Opened:
     side: Side
     planned: dict[str, int]
     measured: dict[str, int] = field(default_factory=dict)
+    taken: dict[str, int] = field(default_factory=dict)  # of "engine", what it allocated itself
 
 
 def measure_memory(run: Run, targets: Sequence[str], clock: Clock, used: Used | None = None) -> None:
@@ -47,7 +50,7 @@ def measure_memory(run: Run, targets: Sequence[str], clock: Clock, used: Used | 
     `used`: bytes of the card that are taken now; by default the driver's count.
     """
     folders = _folders(run, targets)
-    with run.results.case("memory", "whole stack") as outcome:
+    with run.results.case("memory", WHOLE) as outcome:
         if not folders:
             raise Skipped("no engine was built")
         used = used or _driver_count(run)
@@ -63,7 +66,7 @@ def measure_memory(run: Run, targets: Sequence[str], clock: Clock, used: Used | 
             if one := _open(run, folder, used, clock):
                 opened.append(one)
         if opened:
-            with run.results.case("memory", "whole stack"):
+            with run.results.case("memory", WHOLE):
                 _run_all(run, opened, used, start, whole=len(opened) == len(folders))
     finally:
         for one in opened:
@@ -83,12 +86,17 @@ def _folders(run: Run, targets: Sequence[str]) -> list[Path]:
 def _driver_count(run: Run) -> Used:
     if run.card is None:
         raise Skipped("there is no GPU whose driver could count")
-    card = run.card
     try:
-        machine.used_bytes(card)
-    except machine.NoGpu as reason:
+        count = run.sides.enter_context(nvidia.counting(run.card))
+        count()
+    except nvidia.NoGpu as reason:
         raise Skipped(str(reason)) from None
-    return lambda: machine.used_bytes(card)
+
+    def used() -> int:
+        free, total = count()
+        return total - free
+
+    return used
 
 
 def _hold_ballast(run: Run, clock: Clock) -> None:
@@ -121,31 +129,38 @@ def _open(run: Run, folder: Path, used: Used, clock: Clock) -> _Opened | None:
         side.call(touch, manifest["target"], seconds=clock.need())
         context = used()
         with peak(used) as most:
-            side.call(open_and_run, folder, model == LLM, seconds=_OPEN_S)
+            one.taken = side.call(open_and_run, folder, model == LLM, seconds=_OPEN_S)
         one.measured = {"context": context - before, "engine": used() - context, "peak": most[0] - before}
         _report(run, one)
     return one if outcome.measured else None
 
 
 def _report(run: Run, one: _Opened) -> None:
-    plan = one.planned
-    parts = {
-        "context": plan.get("context"),
-        "engine": sum(plan.get(part, 0) for part in _ENGINE) if plan else None,
-        "peak": sum(plan.get(part, 0) for part in (*_ENGINE, "context")) if plan else None,
-    }
-    names = {
-        "context": "CUDA context",
-        "engine": "weights, activations, buffers, cache",
-        "peak": "most at any time",
-    }
-    for part, name in names.items():
+    """The engine as a whole, and its parts as far as it took them itself; the rest of it is weights."""
+    plan, measured = one.planned, {**one.measured, **one.taken}
+    if one.taken:
+        measured["weights"] = one.measured["engine"] - sum(one.taken.values())
+    sums = {"engine": _ENGINE, "peak": (*_ENGINE, "context")}
+    for part, name in _NAMES.items():
+        if part not in measured:
+            continue
+        promised = [plan.get(each, 0) for each in sums.get(part, (part,))]
+        note = "" if plan else _UNPLANNED
         run.results.add(
-            _row(name, one.model, one.contender, one.measured[part], parts[part], "" if plan else _UNPLANNED)
+            _row(name, one.model, one.contender, measured[part], sum(promised) if plan else None, note)
         )
 
 
 _ENGINE: Final = ("weights", "activations", "buffers", "cache")
+_NAMES: Final = {
+    "context": "CUDA context",
+    "weights": "weights, and what the library keeps",
+    "activations": "activations",
+    "buffers": "buffers",
+    "cache": "KV cache",
+    "engine": "weights, activations, buffers, cache",
+    "peak": PEAK,
+}
 _UNPLANNED: Final = "the manifest has no plan"
 
 
@@ -169,7 +184,7 @@ def _run_all(run: Run, opened: Sequence[_Opened], used: Used, start: int, *, who
             one.side.call(run_largest, seconds=_OPEN_S)
     planned = sum(sum(one.planned.get(part, 0) for part in (*_ENGINE, "context")) for one in opened)
     note = f"{len(opened)} engines open at once" + ("" if whole else "; the others did not open")
-    run.results.add(_row("whole stack", "", "all engines", most[0] - start, planned or None, note))
+    run.results.add(_row(WHOLE, "", "all engines", most[0] - start, planned or None, note))
     if not whole:
         raise Failed("not every engine of the stack could be opened beside the others")
 
@@ -220,13 +235,14 @@ def touch(target: str) -> None:
     device.synchronize()
 
 
-def open_and_run(folder: Path, generates: bool) -> None:
-    """Open the engine as it is served, and run it at its largest."""
+def open_and_run(folder: Path, generates: bool) -> dict[str, int]:
+    """Open the engine as it is served, and run it at its largest; what it took itself, by purpose."""
     if generates:
         contenders.load_decoder("engine", folder)
     else:
         contenders.load_encoder("engine", folder, 2)
     run_largest()
+    return contenders.taken("engine")
 
 
 def run_largest() -> None:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from build_engines.gpu.aims import Aim, judge, multiple
 from build_engines.gpu.baselines import COMPILED, EAGER
 from build_engines.gpu.results import Results, Row
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-_TIMES: Final = {"ms", "us", "s"}
 _TITLES: Final = {
     "encoders": "Encoders, one batch of full rows",
     "decoders": "LLM, in process",
@@ -29,6 +29,7 @@ def document(results: Results) -> dict[str, Any]:
         "format": 1,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         **results.facts,
+        "aims": [aim.as_dict() for aim in judge(results)],
         "rows": [row.as_dict() for row in results.rows],
     }
 
@@ -52,6 +53,9 @@ def render(results: Results) -> RenderableType:
     from rich.console import Group
 
     parts: list[RenderableType] = [_machine(results.facts)]
+    aims = judge(results)
+    if any(aim.met is not None for aim in aims):
+        parts.append(_aims(aims))
     if rows := results.measured("ceilings"):
         parts.append(_ceilings(rows))
     for part, title in _TITLES.items():
@@ -94,6 +98,15 @@ def _table(title: str, columns: Sequence[tuple[str, bool]]) -> Table:
     return table
 
 
+def _aims(aims: Sequence[Aim]) -> Table:
+    headings = [("aim", False), ("wanted", True), ("worst", True), ("met", False), ("where", False)]
+    table = _table("What was aimed at", headings)
+    for aim in aims:
+        met = {None: "not measured", True: "yes", False: "NO"}[aim.met]
+        table.add_row(aim.what, f"{aim.bound} {number(aim.wanted)}", number(aim.worst), met, aim.where)
+    return table
+
+
 def _ceilings(rows: Sequence[Row]) -> Table:
     table = _table(
         "What this card can do, measured in this run",
@@ -133,11 +146,8 @@ def _figures(title: str, rows: Sequence[Row]) -> Iterator[Table]:
 
 
 def _multiple(row: Row, base: Row | None) -> str:
-    """How many times as fast as `base`."""
-    if base is None or not base.value or not row.value:
-        return ""
-    ratio = base.value / row.value if row.unit in _TIMES else row.value / base.value
-    return f"{ratio:.2f}"
+    ratio = multiple(row, base)
+    return "" if ratio is None else f"{ratio:.2f}"
 
 
 def _memory(rows: Sequence[Row]) -> Table:

@@ -9,10 +9,10 @@ from typing import Final
 
 from build_engines.gpu.ceilings import Ceilings
 from build_engines.gpu.ceilings import Sizes as CeilingSizes
-from build_engines.gpu.machine import Card
 from build_engines.gpu.models import CARD_MIB, Sizes
 from build_engines.gpu.results import Clock, Results
 from build_engines.gpu.sides import Side
+from build_engines.nvidia import Card
 from build_engines.stack import Stack
 
 GPU_TARGETS: Final = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from build_engines.errors import ArtifactError, CompileError
-from build_engines.graphs import fix_dimension
+from build_engines.errors import CompileError
+from build_engines.graphs import fix_dimension, read_structure
 
 if TYPE_CHECKING:
     import onnx
@@ -76,12 +76,7 @@ def read_decoder(graph: Path, capacity: int) -> DecoderNetwork:
     """
     import onnx
 
-    try:
-        model = onnx.load(str(graph), load_external_data=False)
-    except OSError as error:
-        raise ArtifactError(f"{graph} cannot be read: {error.strerror}") from error
-    except Exception as error:  # protobuf's DecodeError has no public common base
-        raise ArtifactError(f"{graph} is not an ONNX graph: {error}") from error
+    model = read_structure(graph)
     caches = [value for value in model.graph.input if value.name.startswith(_CACHES)]
     if caches and caches[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT:
         raise CompileError(

@@ -20,11 +20,11 @@ import numpy as np
 
 from build_engines.atomic import link_or_copy
 from build_engines.errors import CompileError
-from build_engines.graphs import fix_dimension, operator_counts, read_graph, save_graph
+from build_engines.graphs import fix_dimension, operator_counts, read_graph, read_structure, save_graph
+from build_engines.nvidia import gpu_compute_capability
 from build_engines.profiles import DecoderProfile
 from build_engines.targets.decoder_lowering import GroupQueryLowering, finish_lowering
 from build_engines.targets.decoder_network import check_alignment
-from build_engines.targets.gpu import gpu_compute_capability
 from triton_repo.runtime.gpu.onnxruntime import LAST_OFFSET
 
 if TYPE_CHECKING:
@@ -147,9 +147,8 @@ class _Lowering(GroupQueryLowering):
 
 
 def _write_decoder(graph: Path, engine: Path, capacity: int) -> onnx.ModelProto:
-    import onnx
 
-    model = onnx.load(str(graph), load_external_data=False)
+    model = read_structure(graph)
     _refuse_int8(model, graph)
     if any(value.type.tensor_type.elem_type == _FLOAT for value in model.graph.input):
         raise CompileError(

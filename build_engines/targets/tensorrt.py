@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from build_engines.errors import CompileError
+from build_engines.nvidia import gpu_compute_capability
 from build_engines.profiles import DecoderProfile, Profile, Range
 from build_engines.targets.decoder_network import DecoderNetwork, read_decoder
-from build_engines.targets.gpu import gpu_compute_capability
 from triton_repo.runtime.gpu.tensorrt_callbacks import shared_logger
 
 if TYPE_CHECKING:

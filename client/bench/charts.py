@@ -117,7 +117,7 @@ def _batches(axes: Any, model: dict[str, Any]) -> None:
             label=precision,
         )
     _concurrency_axis(axes, model)
-    axes.set_title("requests per batch formed", loc="left", fontsize=10)
+    axes.set_title("rows in a run of the engine", loc="left", fontsize=10)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)
 

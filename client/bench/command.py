@@ -56,6 +56,8 @@ def run(summary: Path, settings: dict[str, Any]) -> None:
         raise BenchError("the report needs matplotlib", next_step="pip install 'onecard[bench]' installs it")
     plan = make_plan(settings)
     endpoint = Endpoint.parse(settings["url"], "grpc")
+    if endpoint.tls:
+        raise BenchError("the load generator speaks plain gRPC", next_step="measure beside the server")
     with Client(endpoint.url, timeout=120) as client:
         status = client.status()
         busy = machine.busy_share()
@@ -119,17 +121,13 @@ def parse_ceilings(given: Sequence[str], models: Sequence[BenchModel]) -> dict[t
 
 
 def check_served(models: Sequence[BenchModel | BenchGenerator], status: ServerStatus, summary: Path) -> None:
-    states = {model.name: model for model in status.models}
+    loaded = {model.name for model in status.models}
     for model in models:
         for name in model.variants.values():
-            if name not in states:
+            if name not in loaded:
                 raise BenchError(
                     f"the server at {status.url} has no model {name}, which {summary} lists",
                     next_step="serve the repository that lies beside the summary",
-                )
-            if states[name].state != "READY":
-                raise BenchError(
-                    f"model {name} is {states[name].state}: {states[name].reason or 'not loaded'}"
                 )
 
 
@@ -157,9 +155,9 @@ def measure(model: BenchModel, baseline: Baseline, context: Context) -> dict[str
     for precision, name in model.variants.items():
         _say(f"{model.name}: served {precision}")
         variant = Variant(context.client, context.address, model, name)
-        counted = metrics.read().get(name, {})
+        counted = metrics.read()
         load = variant.load(pool, context.plan)
-        padding[precision] = metrics.padding_share(counted, metrics.read().get(name, {}))
+        padding[precision] = metrics.padding_share(name, counted, metrics.read())
         accuracy[precision] = scoring.score(model, items, answers, variant.answers(items))
         served[precision] = {str(n): point_json(p, per_request) for n, p in load.closed.items()}
         opened[precision] = {f"{percent:g}": point_json(p, per_request) for percent, p in load.open.items()}

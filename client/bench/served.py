@@ -1,4 +1,4 @@
-"""The served side: load on one variant, what Triton's statistics say about it, and its answers."""
+"""The served side: load on one variant, what the server's counters say about it, and its answers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import numpy as np
 
 from ..client import Client
 from ..errors import BenchError, Overloaded
+from ..types import ModelStatus
+from . import metrics
 from .loadgen import Point, Send, Sender, arrivals, closed_loop, first_failure, grpc_failure, open_loop
 from .summary import BenchModel, Item
 from .workload import Payloads
@@ -39,7 +41,7 @@ FULL = Plan(seconds=5.0, warm_up=1.0, minimum=200, pool=512, evaluated=5000, rat
 
 @dataclass(frozen=True, slots=True)
 class ServedPoint:
-    """A point with the mean batch size that Triton formed during it."""
+    """A point with the mean number of rows in a run of the engine during it."""
 
     point: Point
     mean_batch: float | None
@@ -77,7 +79,8 @@ class Variant:
             raise BenchError(f"a request failed under load: {failure}", model=self._name) from group
 
     async def _load(self, payloads: Payloads, plan: Plan) -> Load:
-        hits_before = self._counts()[2]
+        self._begin()
+        hits_before = self._status(self._name).cache_hits
         async with Sender(self._address) as send:
             closed = {
                 concurrency: await self._closed(send, payloads, concurrency, plan)
@@ -88,7 +91,7 @@ class Variant:
                 percent: await self._open(send, payloads, peak * percent / 100, plan.seconds)
                 for percent in plan.rates
             }
-            hits = self._counts()[2] - hits_before
+            hits = self._status(self._name).cache_hits - hits_before
             if hits:
                 raise BenchError(
                     f"the response cache answered {hits} requests: the measurement would flatter",
@@ -98,10 +101,9 @@ class Variant:
         return Load(closed, opened, cached, hits)
 
     async def _closed(self, send: Send, payloads: Payloads, concurrency: int, plan: Plan) -> ServedPoint:
-        await closed_loop(
+        warm_up = await closed_loop(
             send, payloads, concurrency=concurrency, seconds=plan.warm_up, is_rejection=self._rejects
         )
-        before = self._counts()
         point = await closed_loop(
             send,
             payloads,
@@ -110,13 +112,12 @@ class Variant:
             minimum=plan.minimum,
             is_rejection=self._rejects,
         )
-        return ServedPoint(point, self._mean_batch(before))
+        return ServedPoint(point, self._mean_batch(warm_up, point))
 
     async def _open(self, send: Send, payloads: Payloads, rate: float, seconds: float) -> ServedPoint:
-        before = self._counts()
         times = arrivals(rate, seconds)
         point = await open_loop(send, payloads, times or [0.0], self._rejects)
-        return ServedPoint(point, self._mean_batch(before))
+        return ServedPoint(point, self._mean_batch(point))
 
     async def _cached(self, send: Send, same: Iterator[bytes]) -> float | None:
         if not self._client.describe(self._name).cached:
@@ -124,18 +125,34 @@ class Variant:
         await send(next(same))
         return (await closed_loop(send, same, concurrency=1, seconds=CACHED_SECONDS)).p50_ms
 
-    def _counts(self) -> tuple[int, int, int]:
-        models = {model.name: model for model in self._client.status().models}
-        if self._name not in models:
-            raise BenchError("the model is gone from the server", model=self._name)
-        # An ensemble hands requests on one by one: those of the native layout meet in its engine's batches.
-        batched = models.get(f"{self._name}_engine", models[self._name])
-        return batched.inferences, batched.executions, models[self._name].cache_hits
+    def _begin(self) -> None:
+        self._ended = 0  # requests of the load, answered or rejected
+        self._base = metrics.read()
+        self._counted = self._counts()
 
-    def _mean_batch(self, before: tuple[int, int, int]) -> float | None:
-        now = self._counts()
-        executions = now[1] - before[1]
-        return (now[0] - before[0]) / executions if executions else None
+    def _mean_batch(self, *points: Point) -> float | None:
+        """Rows in a run of the engine since this was last asked; `points` are all that was sent meanwhile."""
+        self._ended += sum(point.requests + point.rejected for point in points)
+        before, self._counted = self._counted, self._counts()
+        rows, runs = (now - then for now, then in zip(self._counted, before, strict=True))
+        return rows / runs if runs > 0 else None
+
+    def _counts(self) -> tuple[float, float]:
+        """Rows and runs of the engine, once all requests of the load are among them."""
+        scrape = metrics.settled(self._name, self._ended, self._base)
+        if scrape.series(self._name, "onecard_runs_total"):
+            rows, runs = (scrape.total(self._name, f"onecard_{what}_total") for what in ("rows", "runs"))
+            return rows, runs
+        # An ensemble hands requests on one by one: those of the native layout meet in its engine's batches.
+        models = {model.name: model for model in self._client.status().models}
+        batched = models.get(f"{self._name}_engine", models.get(self._name))
+        return (batched.texts or 0, batched.runs or 0) if batched else (0, 0)
+
+    def _status(self, name: str) -> ModelStatus:
+        for model in self._client.status().models:
+            if model.name == name:
+                return model
+        raise BenchError("the model is gone from the server", model=self._name)
 
     def _rejects(self, error: Exception) -> bool:
         return isinstance(grpc_failure(error, self._address, self._name), Overloaded)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from .. import codec
 from ..errors import BenchError
-from ..wire import infer_arguments
+from ..wire import input_tensors
 from .summary import BenchModel, Item
 
 
@@ -60,9 +59,8 @@ def serialize(model: BenchModel, triton_name: str, item: Item) -> bytes:
     request = codec.InferRequest(
         model=triton_name, inputs=_inputs(model, item, end), outputs=(), request_id=""
     )
-    arguments: dict[str, Any] = infer_arguments(tritonclient.grpc, request, timeout=60.0)
     message = service_pb2.ModelInferRequest(model_name=triton_name)
-    for tensor in arguments["inputs"]:
+    for tensor in input_tensors(tritonclient.grpc, request):
         message.inputs.append(tensor._get_tensor())
         message.raw_input_contents.append(tensor._get_content())
     payload: bytes = message.SerializeToString(deterministic=True)

@@ -9,18 +9,24 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from build_engines import nvidia
 from build_engines.gpu import machine
 from build_engines.gpu.results import Row
 
 ROOT = Path(__file__).parents[2]
 REPORT = Path(os.environ.get("ONECARD_GPU_REPORT", ROOT / "build" / "gpu" / "test.json"))
 STAND_IN = os.environ.get("ONECARD_STAND_IN") == "1"
+# The table must come within ten minutes, on a card that nobody knows: what is left then is skipped by name.
+MINUTES = float(os.environ.get("ONECARD_GPU_MINUTES", "9"))
+_TEST_S, _LEAST_S = 300.0, 30.0
+_started = time.monotonic()
 sys.path.insert(0, str(ROOT / "tests" / "unit" / "triton_repo"))
 
 _rows: list[Row] = []
@@ -30,6 +36,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.gpu)
+
+
+def _left() -> float:
+    return 60 * MINUTES - (time.monotonic() - _started)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
+    """The last test has no more than half a minute beyond the time that is left."""
+    item.add_marker(pytest.mark.timeout(min(_TEST_S, max(0.0, _left()) + _LEAST_S)))
+    return (yield)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    del item
+    if _left() <= 0:
+        pytest.skip(f"the {MINUTES:g} minutes are over; ONECARD_GPU_MINUTES gives more")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -104,16 +127,16 @@ def _table(rows: list[Row]) -> list[str]:
 
 def _facts() -> dict[str, Any]:
     try:
-        return machine.describe(machine.find_card())
-    except machine.NoGpu as reason:
+        return machine.describe(nvidia.find_card())
+    except nvidia.NoGpu as reason:
         return machine.describe(None, str(reason))
 
 
 @pytest.fixture(scope="session")
-def card() -> machine.Card:
+def card() -> nvidia.Card:
     """The GPU; every test asks for it first, directly or not."""
     if STAND_IN:
-        return machine.Card(
+        return nvidia.Card(
             name="stand-in",
             compute_capability="12.0",
             total_bytes=1 << 30,
@@ -125,8 +148,8 @@ def card() -> machine.Card:
             l2_bytes=1,
         )
     try:
-        return machine.find_card()
-    except machine.NoGpu as reason:
+        return nvidia.find_card()
+    except nvidia.NoGpu as reason:
         pytest.skip(str(reason))
 
 
@@ -137,7 +160,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def cuda(card: machine.Card, monkeypatch: pytest.MonkeyPatch, kernels: Path) -> Any:
+def cuda(card: nvidia.Card, monkeypatch: pytest.MonkeyPatch, kernels: Path) -> Any:
     """The CUDA runtime's module, for all code of a test."""
     monkeypatch.setenv("ONECARD_CACHE_DIR", str(kernels))
     if not STAND_IN:
@@ -162,7 +185,7 @@ def device(cuda: Any) -> Iterator[Any]:
 
 
 @pytest.fixture(params=["tensorrt-rtx", "tensorrt", "onnxruntime-cuda"])
-def target(request: pytest.FixtureRequest, card: machine.Card) -> str:
+def target(request: pytest.FixtureRequest, card: nvidia.Card) -> str:
     """Each target that can be compiled and run here; the others skip with what is missing."""
     from build_engines.gpu.building import check_target
 
@@ -178,7 +201,7 @@ def target(request: pytest.FixtureRequest, card: machine.Card) -> str:
 
 
 @pytest.fixture(scope="session")
-def stacks(tmp_path_factory: pytest.TempPathFactory, card: machine.Card) -> Any:
+def stacks(tmp_path_factory: pytest.TempPathFactory, card: nvidia.Card) -> Any:
     """`stacks(target)`: the small stack of gpu_stack, built for the CPU and for that target."""
     from gpu_stack import SmallStack
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from build_engines.cards import RTX_COMPUTE_CAPABILITIES
-from build_engines.gpu.machine import Card
 from build_engines.gpu.models import EncoderSize, Sizes, write_model, write_stack_file
 from build_engines.manifest import StageRun
+from build_engines.nvidia import Card
 from build_engines.random_model import RandomLlama
 from build_engines.stack import Stack, load_stack
 

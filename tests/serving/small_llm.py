@@ -20,8 +20,7 @@ from tritonclient.utils import triton_to_np_dtype
 
 from triton_repo.generators import INPUTS
 
-VOCABULARY, HIDDEN, LAYERS, FFN, HEADS, KV_HEADS, HEAD = 420, 64, 2, 96, 4, 2, 16
-POSITIONS = 8192
+VOCABULARY, POSITIONS = 420, 8192
 SPECIAL = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -32,30 +31,27 @@ CORPUS = ["국수가 정말 맛있어요", "the noodles were good", "배송이 �
 
 def write_llm(folder: Path, *, seed: int) -> Path:
     """A Hugging Face folder: config.json, model.safetensors, tokenizer.json, tokenizer_config.json."""
-    from safetensors.numpy import save_file
+    from llama_checkpoint import Llama
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    folder.mkdir(parents=True)
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": VOCABULARY,
-        "hidden_size": HIDDEN,
-        "num_hidden_layers": LAYERS,
-        "intermediate_size": FFN,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "max_position_embeddings": POSITIONS,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(_weights(seed), str(folder / "model.safetensors"))
+    random = np.random.default_rng(seed)
+
+    def weight(name: str, shape: tuple[int, ...]) -> Any:
+        if len(shape) == 1:
+            return np.ones(shape, np.float32)
+        return random.normal(0, 1.0 if "embed" in name else 0.3, shape).astype(np.float32)
+
+    Llama(vocabulary=VOCABULARY, positions=POSITIONS).write(
+        folder,
+        weight,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        hidden_act="silu",
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -68,6 +64,30 @@ def write_llm(folder: Path, *, seed: int) -> Path:
     settings = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "chat_template": TEMPLATE}
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def build_llm(checkpoint: Path, folder: Path, *, model: str) -> Path:
+    """Leave the FP32 graph as a finished engine folder for the CPU, as the build does."""
+    import onnx
+
+    from build_engines.export.decoder import open_decoder, write_decoder
+    from build_engines.export.decoder_serving import copy_chat_tokenizer, decoder_serving
+    from build_engines.manifest import write_manifest
+    from build_engines.targets.decoder_lowering import lower_decoder, widen_decoder
+
+    folder.mkdir(parents=True)
+    decoder = open_decoder(checkpoint)
+    write_decoder(decoder, folder / "model.onnx", precision="fp32")
+    typed = onnx.load(str(folder / "model.onnx"), load_external_data=False)
+    onnx.save(lower_decoder(widen_decoder(typed, folder), {}), str(folder / "engine.onnx"))
+    (folder / "model.onnx").unlink()
+    copy_chat_tokenizer(checkpoint, folder)
+    bounds = {"slots": 4, "capacity": POSITIONS, "chunk": 64}
+    facts = {"model": model, "task": "generate", "precision": "fp32", "target": "onnxruntime"}
+    write_manifest(
+        folder, {**facts, "serving": {**decoder_serving(decoder, "fp32"), **bounds}}, "engine.onnx"
+    )
     return folder
 
 
@@ -208,40 +228,16 @@ def quiet(address: str, model: str) -> dict[str, float]:
     """The metrics once nothing runs; they are up to a second old."""
     deadline, since = time.monotonic() + 20, time.monotonic()
     found = metrics(address, model)
-    while time.monotonic() - since < 1.3:
+    while "slots_active" not in found or time.monotonic() - since < 1.3:
         assert time.monotonic() < deadline, f"still busy: {found}"
         time.sleep(0.1)
         last, found = found, metrics(address, model)
         # The rate is an average over some seconds, which go by without a request too.
-        if any(last[name] != found[name] for name in found.keys() - {"tokens_per_second", "resident_bytes"}):
+        if any(
+            last[name] != found[name]
+            for name in last.keys() - {"tokens_per_second", "resident_bytes", "reported_timestamp_seconds"}
+        ):
             since = time.monotonic()
-        if found["slots_active"] or found["queue_requests"]:
+        if found.get("slots_active") or found.get("queue_requests"):
             since = time.monotonic()
     return found
-
-
-def _weights(seed: int) -> dict[str, Any]:
-    random = np.random.default_rng(seed)
-
-    def weight(*shape: int, scale: float = 0.3) -> Any:
-        return random.normal(0, scale, shape).astype(np.float32)
-
-    tensors = {
-        "model.embed_tokens.weight": weight(VOCABULARY, HIDDEN, scale=1.0),
-        "lm_head.weight": weight(VOCABULARY, HIDDEN),
-        "model.norm.weight": np.ones(HIDDEN, np.float32),
-    }
-    for layer in range(LAYERS):
-        prefix = f"model.layers.{layer}."
-        tensors |= {
-            f"{prefix}self_attn.q_proj.weight": weight(HEADS * HEAD, HIDDEN),
-            f"{prefix}self_attn.k_proj.weight": weight(KV_HEADS * HEAD, HIDDEN),
-            f"{prefix}self_attn.v_proj.weight": weight(KV_HEADS * HEAD, HIDDEN),
-            f"{prefix}self_attn.o_proj.weight": weight(HIDDEN, HEADS * HEAD),
-            f"{prefix}mlp.gate_proj.weight": weight(FFN, HIDDEN),
-            f"{prefix}mlp.up_proj.weight": weight(FFN, HIDDEN),
-            f"{prefix}mlp.down_proj.weight": weight(HIDDEN, FFN),
-            f"{prefix}input_layernorm.weight": np.ones(HIDDEN, np.float32),
-            f"{prefix}post_attention_layernorm.weight": np.ones(HIDDEN, np.float32),
-        }
-    return tensors

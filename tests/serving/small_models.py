@@ -118,6 +118,8 @@ def build_engine(checkpoint: Path, folder: Path, *, model: str, task: str, **ser
         "target": "onnxruntime",
         "engine": {"file": "engine.onnx", **record("engine.onnx")},
         "files": {"tokenizer.json": record("tokenizer.json")},
+        # As an engine for a card has it from the plan.
+        "memory": {"weights": (folder / "engine.onnx").stat().st_size},
         "serving": {**graph.serving, "max_length": 64, "max_batch": 64, "overflow": "truncate"} | serving,
     }
     manifest["digest"] = manifest_digest(manifest)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
+import math
 import random
 import threading
 import time
@@ -84,6 +86,16 @@ def test_every_task_answers_over_every_transport(call: Any) -> None:
     ranked = call("rerank", "noodles", passages)
     assert [answer.score for answer in ranked] == sorted((a.score for a in ranked), reverse=True)
     assert all(answer.passage == passages[answer.index] for answer in ranked)
+
+
+def test_the_log_tells_id_and_version(call: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "client")
+    call("embed", sentences(MAX_BATCH + 1), model="vector", request_id="mine")
+    ends = [vars(record) for record in caplog.records if record.name == "client"]
+    assert sorted((end["request_id"], end["model_version"], end["texts"]) for end in ends) == [
+        ("mine/0", "1", MAX_BATCH),
+        ("mine/1", "1", 1),
+    ]
 
 
 def test_a_long_list_comes_back_in_order(call: Any, served: Served) -> None:
@@ -211,7 +223,7 @@ def test_a_full_queue_rejects_and_retrying_gets_through(url: str) -> None:
     assert rejected[0].model == "narrow"
     rejected.clear()
     answered.clear()
-    asyncio.run(crowd(RetryPolicy(attempts=5000, initial=0.01, maximum=0.05)))
+    asyncio.run(crowd(RetryPolicy(attempts=5000, initial=0.01, maximum=0.05, budget=math.inf)))
     assert (len(answered), rejected) == (24, [])
 
 
@@ -263,25 +275,41 @@ def test_retrying_bridges_a_restart(one_model: Path) -> None:
     np.testing.assert_allclose(answers[0], before, atol=1e-6)
 
 
-def test_status_counts_what_was_asked(url: str) -> None:
-    with Client(url) as client:
-        before = {model.name: model for model in client.status().models}
+def settled_status(client: Client) -> dict[str, Any]:
+    """The status by model once nothing changes any more: the models send their metrics once a second."""
+    status, since = client.status(), time.monotonic()
+    while time.monotonic() - since < 1.2:
+        time.sleep(0.2)
+        last, status = status, client.status()
+        if last.models != status.models:
+            since = time.monotonic()
+    assert status.version
+    assert status.metrics_error is None
+    return {model.name: model for model in status.models}
+
+
+def test_status_counts_what_was_asked(url: str, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONECARD_URL_METRICS", served.server.urls["metrics"])
+    with Client(url, retry=NO_RETRY) as client:
+        before = settled_status(client)
         client.embed(sentences(10, seed=21), model="vector")
         text = f"good {time.time_ns()}"[:40]
         for _ in range(3):
             client.embed(text, model="strict")
-        status = client.status()
-    after = {model.name: model for model in status.models}
-    assert status.version
-    assert {model.state for model in status.models} == {"READY"}
-    assert after["vector"].inferences - before["vector"].inferences == 10
-    assert after["vector"].executions > before["vector"].executions
+        with pytest.raises(InvalidInput):
+            client.embed(f"{text} " * 100, model="strict")
+        after = settled_status(client)
+    assert after["vector"].texts - before["vector"].texts == 10
+    assert after["vector"].runs > before["vector"].runs
+    assert after["vector"].requests - before["vector"].requests == 1
     assert after["strict"].cache_hits - before["strict"].cache_hits == 2
+    assert after["strict"].rejected["bad_input"] - before["strict"].rejected.get("bad_input", 0) == 1
     vector = after["vector"]
     assert (vector.task, vector.precision) == ("embed", "fp32")
-    assert vector.mean_batch_size == pytest.approx(vector.inferences / vector.executions)
-    assert vector.compute_ms
-    assert vector.queue_ms is not None
+    assert vector.mean_batch_size == pytest.approx(vector.texts / vector.runs)
+    assert 0 <= vector.queue_ms < vector.request_ms
+    assert 0 < vector.request_ms <= vector.p99_ms * 10
+    assert vector.resident_bytes > 2**20
 
 
 @pytest.fixture
@@ -345,7 +373,7 @@ def test_status_command(cli: Any) -> None:
     assert [model["name"] for model in models] == ["label", "narrow", "order", "strict", "vector"]
     table = cli("status", "--protocol", "http").stdout
     assert "narrow" in table
-    assert "READY" in table
+    assert "cannot be read" not in table
 
 
 def test_bench_refuses_a_server_without_the_model(cli: Any, served: Served, tmp_path: Path) -> None:

@@ -212,7 +212,8 @@ def test_a_full_queue_and_a_long_wait_are_refused(talking: Served, tight: Talk) 
         outcome = outputs(list(waiting)[-1])["finish_reason"][0]
     except Refused as error:
         outcome = str(error)
-    assert outcome in ("length", "stop") or outcome.startswith("the wait was too long: the deadline is 300 ms")
+    late = "the wait was too long: the deadline is 300 ms"
+    assert outcome in ("length", "stop") or outcome.startswith(late)
     running.cancel()
     assert tight.whole(text="again", max_tokens=2, ignore_eos=True)["usage"]["completion_tokens"] == 2
     assert state(talking, "tight")["rejections_total queue_full"] == before["rejections_total queue_full"] + 1

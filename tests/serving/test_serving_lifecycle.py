@@ -106,12 +106,23 @@ def break_config(repository: Path) -> None:
     path.write_text(path.read_text().replace("TYPE_FP32", "TYPE_FP33"))
 
 
+def change_model_file(repository: Path) -> None:
+    path = repository / "vector" / "1" / "model.py"
+    path.write_text(path.read_text() + "\n")
+
+
+def add_module(repository: Path) -> None:
+    (repository / "vector" / "1" / "colorsys.py").write_text("")
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
         (flip_engine, "engine.onnx: altered after the build"),
         (change_runtime, "not the runtime that this repository was written with"),
         (truncate_tokenizer, "tokenizer.json:"),
+        (change_model_file, "model.py: altered after the repository was written"),
+        (add_module, "colorsys.py: was not there when the repository was written"),
         (break_config, "TYPE_FP33"),
     ],
 )

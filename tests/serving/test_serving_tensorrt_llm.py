@@ -16,7 +16,7 @@ from build_engines.errors import ServerError
 from build_engines.pipeline import build_stack
 from build_engines.stack import load_stack
 from triton_repo.server import Server, ServerOptions
-from triton_repo.writer import write_repository
+from triton_repo.writer import seal, write_repository
 
 pytestmark = pytest.mark.serving
 
@@ -54,6 +54,7 @@ def server(repository: Path) -> Iterator[Server]:
     whole = repository.with_name("with_library")
     shutil.copytree(repository, whole)
     shutil.copytree(LIBRARY, whole / "talk" / "1" / "tensorrt_llm")
+    seal(whole / "talk" / "1")
     with Server(whole, ServerOptions(free_ports=True)) as running:
         yield running
 

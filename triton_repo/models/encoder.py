@@ -33,6 +33,7 @@ class TritonPythonModel:
         if reason := mismatch(parameters["runtime"]):
             raise pb_utils.TritonModelException(f"engine refused: {reason}")
         from triton_repo.runtime.encode import Encoder
+        from triton_repo.runtime.probe import probe_encoder
         from triton_repo.runtime.service import EncoderService
         from triton_repo.runtime.session import EngineRefused
         from triton_repo.runtime.tokenization import TokenizerRefused
@@ -43,7 +44,9 @@ class TritonPythonModel:
         instances = sum(group["count"] for group in config["instance_group"])
         try:
             device = int(args["model_instance_device_id"])  # of an engine on a GPU
-            self._service = EncoderService(Encoder.open(folder, _threads(instances), device))
+            encoder = Encoder.open(folder, _threads(instances), device)
+            probe_encoder(encoder, folder)
+            self._service = EncoderService(encoder)
         except (EngineRefused, TokenizerRefused) as error:
             raise pb_utils.TritonModelException(f"engine refused: {error}") from None
         self._open(args, parameters, instances)
@@ -52,9 +55,10 @@ class TritonPythonModel:
         """The queue, and the metrics of it and of the engine."""
         from triton_repo.runtime.admission import Limits, read_level
         from triton_repo.runtime.batching import Batcher, Ticket
-        from triton_repo.runtime.exchange import Exchange, to_response
+        from triton_repo.runtime.exchange import EventLog, Exchange, to_response
         from triton_repo.runtime.metrics import Publisher, Reporter, labels
 
+        self._log = EventLog(self._pb, args["model_name"])
         self._exchange, self._to_response = Exchange, to_response
         self._ticket, self._read_level = Ticket, read_level
         self._batcher = Batcher(self._service, Limits.read(parameters))
@@ -67,16 +71,24 @@ class TritonPythonModel:
         tickets = [ticket for ticket in asked if not isinstance(ticket, Exception)]
         if (answers := self._batcher.answer_now(tickets)) is not None:
             of = dict(zip(map(id, tickets), answers, strict=True))
-            return [self._to_response(self._pb, of.get(id(found), found)) for found in asked]
+            return [
+                self._respond(request, of.get(id(found), found))
+                for request, found in zip(requests, asked, strict=True)
+            ]
         waiting = []
         for request, found in zip(requests, asked, strict=True):
-            exchange = self._exchange(self._pb, request.get_response_sender())
+            exchange = self._exchange(self._pb, request, self._log)
             if isinstance(found, Exception):
                 exchange.send(found)
             else:
                 waiting.append((found, exchange))
         self._batcher.submit(waiting)
         return None
+
+    def _respond(self, request: Any, answer: Any) -> Any:
+        if isinstance(answer, Exception):
+            self._log.ended(answer, request.request_id())
+        return self._to_response(self._pb, answer)
 
     def _read(self, request: Any) -> Any:
         """A ticket, or what to answer with: a fault of ours must not leave a client waiting either."""

@@ -49,8 +49,10 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(f"engine refused: {reason}")
         from triton_repo.runtime.admission import Limits
         from triton_repo.runtime.chat import TemplateRefused
+        from triton_repo.runtime.exchange import EventLog
         from triton_repo.runtime.generation import GenerationService
         from triton_repo.runtime.metrics import Publisher, Reporter, labels
+        from triton_repo.runtime.probe import probe_generator
         from triton_repo.runtime.session import EngineRefused
         from triton_repo.runtime.texts import EngineFailed
         from triton_repo.runtime.tokenization import TokenizerRefused
@@ -62,9 +64,11 @@ class TritonPythonModel:
                 device=int(args["model_instance_device_id"]),
                 limits=Limits.read(parameters),
             )
+            probe_generator(self._service, folder)
         except (EngineRefused, EngineFailed, TokenizerRefused, TemplateRefused) as error:
             raise pb_utils.TritonModelException(f"engine refused: {error}") from None
         self._readers = ThreadPoolExecutor(_READERS, "reader")
+        self._log = EventLog(pb_utils, args["model_name"])
         self._watch = _Watch(pb_utils.Logger)
         self._reporter = Reporter(Publisher(pb_utils, labels(args)), self._service.snapshot)
 
@@ -73,7 +77,7 @@ class TritonPythonModel:
         from triton_repo.runtime.exchange import Exchange
 
         for request in requests:
-            call = _Call(Exchange(self._pb, request.get_response_sender(), self._watch.forget))
+            call = _Call(Exchange(self._pb, request, self._log, self._watch.forget))
             self._watch.add(call)
             try:
                 tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
@@ -93,14 +97,14 @@ class TritonPythonModel:
         del self._service
 
     def _begin(self, call: _Call, tensors: Mapping[str, Any], parameters: str, timeout_s: float) -> None:
-        from triton_repo.runtime.admission import read_level
+        from triton_repo.runtime.admission import read_level, read_timeout
         from triton_repo.runtime.texts import BadRequest
         from triton_repo.runtime.wire import Reply, read_fields
 
         try:
             try:
                 fields, stream = read_fields(tensors, parameters)
-                level = read_level(parameters)
+                level, timeout_s = read_level(parameters), min(timeout_s, read_timeout(parameters))
             except BadRequest as error:
                 self._service.refuse(error)
                 raise

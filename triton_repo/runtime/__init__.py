@@ -22,10 +22,20 @@ def fingerprint(package: Path | None = None) -> str:
 
 
 def mismatch(expected: str) -> str | None:
-    """Why these files are not the runtime that a repository was written with; None when they are."""
-    if fingerprint() == expected:
-        return None
-    return (
-        f"{Path(__file__).parent} is not the runtime that this repository was written with; "
-        "write the repository again"
-    )
+    """Why this runtime, or what lies around it in a repository, is not what was written; None when it is."""
+    if fingerprint() != expected:
+        return (
+            f"{Path(__file__).parent} is not the runtime that this repository was written with; "
+            "write the repository again"
+        )
+    from triton_repo.runtime.seal import check_served
+    from triton_repo.runtime.session import EngineRefused
+
+    version = Path(__file__).parents[2]
+    if not (version / "model.py").exists():
+        return None  # the package itself, not its copy in a repository
+    try:
+        check_served(version)
+    except EngineRefused as error:
+        return f"{error}; write the repository again"
+    return None

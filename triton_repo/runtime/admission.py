@@ -19,6 +19,9 @@ from triton_repo.runtime.texts import BadRequest
 # Triton's own priority is used up by its queue and never reaches a Python model.
 PRIORITY: Final = "onecard_priority"
 
+# HTTP's generate endpoint passes Triton's own timeout on as a parameter, unread.
+TIMEOUT: Final = "timeout"
+
 T = TypeVar("T")
 Reason = Literal["queue_full", "deadline", "expired", "displaced", "unloading"]
 
@@ -28,6 +31,7 @@ _RATE_SECONDS = 2.0
 _MARGIN = 0.7
 # Who waited less may have found an idle model whose thread had to wake up.
 _NOTICEABLE_S = 0.002
+_LEAST_SHARE = 0.05
 
 
 class Busy(Exception):
@@ -70,6 +74,17 @@ def read_level(parameters: str) -> int:
     return level
 
 
+def read_timeout(parameters: str) -> float:
+    """Seconds after which nobody waits any more, from a request's parameters (JSON, microseconds); infinite
+    where it names none. Raises BadRequest."""
+    if TIMEOUT not in parameters:
+        return math.inf
+    limit = json.loads(parameters).get(TIMEOUT, 0)
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
+        raise BadRequest(f"'{TIMEOUT}' is {limit!r:.40}; it is in whole microseconds, 0 for none")
+    return limit / 1e6 or math.inf
+
+
 @dataclass(slots=True)
 class _Entry:
     work: float
@@ -93,9 +108,18 @@ class AdmissionQueue(Generic[T]):
         self._levels: list[dict[T, _Entry]] = [{} for _ in range(limits.levels)]
         self._work = [0.0] * limits.levels
         self.soonest = math.inf  # when the next one may run out of time; never later than it does
-        self._learned_work = self._learned_seconds = 0.0
-        self._taken_work = self._taken_at = 0.0
+        self._rate = _Rate(limits.levels)
+        self._taken = [0.0] * limits.levels  # work of the last take, by level
+        self._taken_at = 0.0
         self._backlog = False  # somebody has waited ever since the last take
+
+    def snapshot(self) -> dict[str, float]:
+        """How many wait, and the limits, as metrics."""
+        return {
+            "queue_requests": len(self),
+            "queue_limit_requests": self.limits.max_size,
+            "deadline_seconds": self.limits.deadline_s,
+        }
 
     def __len__(self) -> int:
         return sum(map(len, self._levels))
@@ -134,33 +158,47 @@ class AdmissionQueue(Generic[T]):
         if size >= self.limits.max_size + room and self._least_urgent() <= place:
             raise Busy(f"the queue is full: {size} requests are waiting; try again later", "queue_full")
 
-    def take(self, fits: Callable[[T], bool], most: int | None = None) -> list[T]:
-        """Remove the first ones, `most` at most, for as long as `fits` says yes to the next."""
+    def take(
+        self, fits: Callable[[T], bool], *, most: int | None = None, seconds: float = math.inf
+    ) -> list[T]:
+        """Remove the first ones for as long as `fits` says yes to the next: `most` at most, and no more than
+        are served in about so many `seconds`, unless it is one."""
         taken: list[T] = []
-        work = waited = 0.0
-        now = self._clock()
+        work, waited, now, pace = [0.0] * len(self._levels), 0.0, self._clock(), self._rate.pace
         while len(taken) != most and (found := self._first()) is not None and fits(found[1]):
             place, item = found
             entry = self._levels[place][item]
-            work += entry.work
+            if taken and (sum(work) + entry.work) * pace > seconds:
+                break
+            work[place] += entry.work
             waited = max(waited, now - entry.arrived)
             self.discard(item, place)
             taken.append(item)
         if taken:
             if self._backlog:
-                self._learn(self._taken_work, now - self._taken_at)
-            elif not self._learned_work and waited > _NOTICEABLE_S:
+                self._rate.learn(self._taken, now - self._taken_at)
+            elif not pace and waited > _NOTICEABLE_S:
                 # The first crowd: what was taken before took at least as long as these have waited.
-                self._learn(self._taken_work, waited)
-            self._taken_work, self._taken_at, self._backlog = work, now, len(self) > 0
+                self._rate.learn(self._taken, waited)
+            self._taken, self._taken_at, self._backlog = work, now, len(self) > 0
         return taken
+
+    def seconds_for(self, work: float) -> float:
+        """About how long so much work takes; infinity while that is not known."""
+        return work * self._rate.pace or math.inf
+
+    def served(self, work: float, seconds: float) -> None:
+        """So much work was done in so many seconds without having waited here."""
+        of_default = [0.0] * len(self._levels)
+        of_default[self.limits.default_level - 1] = work
+        self._rate.learn(of_default, seconds)
 
     def expired(self) -> list[T]:
         """Remove those that could not be answered in time any more."""
         now = self._clock()
         if now < self.soonest:
             return []
-        service = self._taken_work * self._pace
+        service = sum(self._taken) * self._rate.pace
         gone = [
             (place, item)
             for place, waiting in enumerate(self._levels)
@@ -209,24 +247,37 @@ class AdmissionQueue(Generic[T]):
 
     def _wait(self, place: int, work: float) -> float:
         """Seconds until a request of this priority would be answered; 0 while nothing waits or is known."""
-        if not (self._backlog and self._learned_work):
+        pace = self._rate.pace
+        if not (self._backlog and pace):
             return 0.0
-        pace = self._pace
         ahead = sum(self._work[: place + 1]) + work
         # What was taken last is being served: either it still needs a while, or it is late, and what comes
         # behind it is going to be no earlier.
-        current = abs(self._clock() - self._taken_at - self._taken_work * pace)
-        return ahead * pace + current
+        current = abs(self._clock() - self._taken_at - sum(self._taken) * pace)
+        return ahead * pace / self._rate.left_for(place) + current
+
+
+class _Rate:
+    """How fast work is done, and which share of it is of which level: averages over the last seconds."""
+
+    def __init__(self, levels: int) -> None:
+        self._work = [0.0] * levels
+        self._seconds = 0.0
 
     @property
-    def _pace(self) -> float:
+    def pace(self) -> float:
         """Seconds for a unit of work; 0 while that is not known."""
-        return self._learned_seconds / self._learned_work if self._learned_work else 0.0
+        work = sum(self._work)
+        return self._seconds / work if work else 0.0
 
-    def _learn(self, work: float, seconds: float) -> None:
+    def left_for(self, place: int) -> float:
+        """The share that more urgent levels leave: what they took lately they are going to take again."""
+        return max(1 - sum(self._work[:place]) / sum(self._work), _LEAST_SHARE)
+
+    def learn(self, work: list[float], seconds: float) -> None:
         kept = math.exp(-seconds / _RATE_SECONDS)
-        self._learned_work = self._learned_work * kept + work
-        self._learned_seconds = self._learned_seconds * kept + seconds
+        self._work = [old * kept + new for old, new in zip(self._work, work, strict=True)]
+        self._seconds = self._seconds * kept + seconds
 
 
 def displaced() -> Busy:

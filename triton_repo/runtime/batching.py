@@ -26,6 +26,10 @@ Inputs = Mapping[str, npt.NDArray[Any]]
 
 # To ask whether a client has gone is a round trip to the server process: worth it where a request waited.
 _LONG_WAIT_S = 0.25
+# How long Triton may be kept waiting for the answers of a batch.
+_AT_ONCE_S = 0.1
+# The share of a deadline that a batch may take: who comes behind it, urgent or not, waits for all of it.
+_BATCH_SHARE = 0.15
 # What a row costs beside its characters, in characters.
 _ROW_CHARACTERS = 32
 
@@ -86,15 +90,22 @@ class Batcher:
         self._thread.start()
 
     def answer_now(self, tickets: Sequence[Ticket]) -> list[Answer] | None:
-        """The answers, in order; None when others are before them or they are too many for one batch.
+        """The answers, in order; None when others are before them, or they are more than one short run.
 
-        For the thread that also calls `submit`: whatever comes meanwhile waits for it to return.
+        For the thread that also calls `submit`: whatever comes meanwhile waits for it to return, unseen by
+        the queue. So nothing is answered here that takes long, nor more than one while that is not known.
         """
+        work = sum(map(self._work, tickets))
         with self._changed:
             if self._busy or self._queue or sum(ticket.rows for ticket in tickets) >= self._service.max_rows:
                 return None
+            if len(tickets) > 1 and self._queue.seconds_for(work) > _AT_ONCE_S:
+                return None
         arrived = self._clock()
         answers = self._answers(tickets)
+        if tickets:
+            with self._changed:
+                self._queue.served(work, self._clock() - arrived)
         for answer in answers:
             self._tally.queue.observe(0.0)
             self._count(answer, arrived)
@@ -127,7 +138,7 @@ class Batcher:
 
     def snapshot(self) -> Snapshot:
         """What happened so far, and how many wait now."""
-        return {"queue_requests": len(self._queue), **self._tally.snapshot(), **self._service.snapshot()}
+        return {**self._queue.snapshot(), **self._tally.snapshot(), **self._service.snapshot()}
 
     def close(self) -> None:
         """Answer what is being computed, send the rest away, and stop the thread."""
@@ -170,7 +181,7 @@ class Batcher:
             rows += ticket.rows
             return rows <= self._service.max_rows or rows == ticket.rows
 
-        return self._queue.take(fits)
+        return self._queue.take(fits, seconds=_BATCH_SHARE * self._queue.limits.deadline_s)
 
     def _serve(self, batch: Sequence[Ticket]) -> None:
         started = self._clock()

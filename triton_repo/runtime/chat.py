@@ -1,13 +1,13 @@
 """Messages to a prompt by the checkpoint's own chat template, as Transformers renders it.
 
-Templates come with checkpoints, so they run in Jinja's immutable sandbox. The rendered text holds the special
-tokens already: it is tokenized without adding any.
+Templates come with checkpoints, so they run in a sandbox (runtime.template). The rendered text holds the
+special tokens already: it is tokenized without adding any.
 """
 
 from __future__ import annotations
 
-import datetime
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +15,8 @@ from triton_repo.runtime.texts import MAX_CHARACTERS, BadRequest, decode_text
 
 ROLES = ("system", "user", "assistant")
 MAX_MESSAGES = 1024
+# Characters of a template's source; the longest known have 20,000.
+MAX_TEMPLATE = 1 << 18
 
 
 class TemplateRefused(Exception):
@@ -28,22 +30,29 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
-        from jinja2 import TemplateError
+        from triton_repo.runtime.template import Environment
 
+        if len(source) > MAX_TEMPLATE:
+            raise TemplateRefused(
+                f"the chat template has {len(source):,} characters, more than {MAX_TEMPLATE:,}"
+            )
+        self._environment = Environment()
         try:
-            self._template = _environment().from_string(source)
-        except TemplateError as error:
-            raise TemplateRefused(f"the chat template is no valid template: {error}") from None
+            self._template = self._environment.from_string(source)
+        except Exception as error:  # Python's own compiler, too, has limits
+            raise TemplateRefused(f"the chat template is no valid template: {str(error)[:200]}") from None
+        self._source = source
         self._tokens = dict(tokens)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The prompt that asks for the assistant's next message.
 
         Raises BadRequest when the template refuses the messages (no system prompt, roles that must
-        alternate).
+        alternate), and where it takes too long or makes too much of them.
         """
         from jinja2 import TemplateError
 
+        self._environment.start()
         try:
             prompt: str = self._template.render(
                 messages=[dict(message) for message in messages],
@@ -54,11 +63,21 @@ class ChatTemplate:
             )
             return prompt
         except TemplateError as error:
-            raise BadRequest(f"the model's chat template refuses 'messages': {error}") from None
+            said = self._without_texts(error, messages)
+            raise BadRequest(f"the model's chat template refuses 'messages': {said}") from None
         except Exception as error:  # templates compute: anything may go wrong in them
+            said = self._without_texts(error, messages)
             raise BadRequest(
-                f"the model's chat template fails on 'messages': {type(error).__name__}: {error}"
+                f"the model's chat template fails on 'messages': {type(error).__name__}: {said}"
             ) from None
+
+    def _without_texts(self, error: Exception, messages: Sequence[Mapping[str, str]]) -> str:
+        """What an error says, unless it has a word of a message that is not the template's own."""
+        said = str(error)[:200]
+        strange = [word for word in re.findall(r"\w+", said) if word not in self._source]
+        if any(word in message["content"] for word in strange for message in messages):
+            return f"{type(error).__name__}, which repeats a part of them"
+        return said
 
 
 def read_messages(value: Any) -> list[dict[str, str]]:
@@ -128,57 +147,3 @@ def _kind(value: Any) -> str:
     return names.get(
         type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}"
     )
-
-
-def _environment() -> Any:
-    """Jinja as Transformers sets it up: its block rules, `tojson` without HTML escapes, and two functions."""
-    import jinja2
-    from jinja2 import nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """{% generation %} marks what an assistant wrote, for training; here its content counts."""
-
-        tags = frozenset(("generation",))  # type: ignore[assignment]
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body).set_lineno(line)
-
-    class Namespace(jinja2.utils.Namespace):
-        """Jinja's own takes any attribute, also those that Python gives a meaning to."""
-
-        def __init__(*values: Any, **named: Any) -> None:
-            self, *rest = values
-            jinja2.utils.Namespace.__init__(self)
-            for name, value in dict(*rest, **named).items():
-                self[name] = value
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            if name.startswith("_"):
-                raise jinja2.exceptions.SecurityError(f"a template cannot set {name!r}")
-            super().__setitem__(name, value)
-
-    def new_dict(*values: Any, **named: Any) -> dict[Any, Any]:
-        return dict(*values, **named)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **rest: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **rest)
-
-    def strftime_now(pattern: str) -> str:
-        return datetime.datetime.now().strftime(pattern)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = strftime_now
-    environment.globals["dict"] = new_dict
-    environment.globals["namespace"] = Namespace
-    return environment

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from triton_repo.runtime.huge_pages import collapse_heap
 from triton_repo.runtime.rows import Rows
-from triton_repo.runtime.session import EngineRefused, check_files, onnx_session, read_manifest
+from triton_repo.runtime.session import EngineRefused, checked_folder, onnx_session
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -84,8 +84,7 @@ class DecoderEngine:
     def open(cls, folder: Path, threads: int | None = None) -> DecoderEngine:
         """Check digests, load the graphs, allocate the cache. Raises EngineRefused."""
         folder = Path(folder)
-        manifest = read_manifest(folder)
-        check_files(folder, manifest)
+        manifest = checked_folder(folder)
         if manifest["target"] != "onnxruntime":
             raise EngineRefused(
                 f"{folder}: built for target {manifest['target']!r}; "

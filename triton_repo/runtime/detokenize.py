@@ -12,6 +12,9 @@ import json
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from triton_repo.runtime.texts import BadRequest, EngineFailed
+from triton_repo.runtime.tokenization import tokenizing
+
 # Byte-fallback tokens are a text only when all that follow each other are valid UTF-8 together, so that
 # they are held back until another token comes; a run of more than this is given out as far as it is valid.
 HELD_BYTES = 64
@@ -195,7 +198,11 @@ class _WholeText:
 
     def push(self, token: int) -> str:
         self._tokens.append(token)
-        text: str = self._tokenizer.decode(self._tokens)
+        try:
+            with tokenizing():
+                text: str = self._tokenizer.decode(self._tokens)
+        except BadRequest:
+            raise EngineFailed("the model's tokenizer cannot write what was generated") from None
         same = len(self._before)
         while text[:same] != self._before[:same]:
             same -= 1

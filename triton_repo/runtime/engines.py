@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from triton_repo.runtime.session import EngineRefused, check_files, open_engine, read_manifest
+from triton_repo.runtime.session import EngineRefused, checked_folder, open_engine, read_manifest
 from triton_repo.runtime.texts import EngineFailed
 
 if TYPE_CHECKING:
@@ -74,8 +74,7 @@ def _open_on_gpu(
     """
     from triton_repo.runtime.gpu.cuda import Device
 
-    manifest = read_manifest(folder)
-    check_files(folder, manifest)
+    manifest = checked_folder(folder)
     with contextlib.ExitStack() as undo:
         try:
             device = Device(index, promised=manifest.get("memory"))

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy.typing as npt
 
 from triton_repo.runtime.admission import Busy
+from triton_repo.runtime.events import line
 from triton_repo.runtime.texts import BadRequest, EngineFailed
+
+_MOST_LINES = 20
 
 Answer = Mapping[str, npt.NDArray[Any]] | Exception
 
@@ -29,6 +33,42 @@ def explain(error: Exception) -> Exception:
     return EngineFailed(f"the server failed on this request: {type(error).__name__}")
 
 
+def reason_of(error: Exception) -> str:
+    """The word that metrics and log have for it; "" for a request that was cancelled."""
+    if isinstance(error, Busy):
+        return error.reason
+    if isinstance(error, BadRequest):
+        return "bad_input"
+    return "" if isinstance(error, Cancelled) else type(error).__name__
+
+
+class EventLog:
+    """Writes a line of Triton's log for a request of one model that was rejected or failed: its id and the
+    reason, nothing of its text. No more than 20 in a second: each is a round trip to the server process, and
+    a crowd that is sent away must not keep it busy. The metrics count all."""
+
+    def __init__(self, pb_utils: Any, model: str) -> None:
+        self._log = pb_utils.Logger
+        self._model = model
+        self._second = self._written = 0
+
+    def ended(self, error: Exception, request_id: str) -> None:
+        reason = reason_of(error)
+        if not reason or not self._has_room():
+            return
+        rejected = isinstance(error, Busy | BadRequest)
+        event = "rejected" if rejected else "failed"
+        words = line(model=self._model, event=event, reason=reason, request_id=request_id)
+        (self._log.log_info if rejected else self._log.log_error)(words)
+
+    def _has_room(self) -> bool:
+        second = int(time.monotonic())
+        if second != self._second:
+            self._second, self._written = second, 0
+        self._written += 1
+        return self._written <= _MOST_LINES
+
+
 class Exchange:
     """A response sender that is used up by the last response; from any thread.
 
@@ -36,10 +76,16 @@ class Exchange:
     """
 
     def __init__(
-        self, pb_utils: Any, sender: Any, closed: Callable[[Exchange], None] = lambda exchange: None
+        self,
+        pb_utils: Any,
+        request: Any,
+        log: EventLog,
+        closed: Callable[[Exchange], None] = lambda exchange: None,
     ) -> None:
         self._pb = pb_utils
-        self._sender = sender
+        self._sender = request.get_response_sender()
+        self._request_id: str = request.request_id()
+        self._log = log
         self._closed = closed
         # A sender must not be asked about a client once its last response is on its way.
         self._lock = threading.Lock()
@@ -53,6 +99,8 @@ class Exchange:
             sender = self._sender
             if sender is None:
                 return
+            if isinstance(answer, Exception):
+                self._log.ended(answer, self._request_id)
             try:
                 sender.send(to_response(self._pb, answer), flags=self._flag(final))
             except Exception:

@@ -20,7 +20,7 @@ from triton_repo.runtime.scheduler import Scheduler
 from triton_repo.runtime.session import read_manifest
 from triton_repo.runtime.text_stream import TextStream
 from triton_repo.runtime.texts import BadRequest, decode_text
-from triton_repo.runtime.tokenization import TokenizerRefused
+from triton_repo.runtime.tokenization import read_tokenizer, tokenizing
 
 FIELDS = ("text", "messages", *(field.name for field in fields(SamplingParams)))
 # A prompt with more characters than this per token of a slot is first tokenized that far only: nearly always
@@ -88,8 +88,6 @@ class GenerationService:
 
         Raises EngineRefused, TokenizerRefused or TemplateRefused.
         """
-        from tokenizers import Tokenizer
-
         engine: Any
         opened: type[Schedules]
         if read_manifest(Path(folder))["target"] == "tensorrt-llm":
@@ -100,14 +98,7 @@ class GenerationService:
             from triton_repo.runtime.engines import open_decoder_engine
 
             engine, opened = open_decoder_engine(Path(folder), threads, device), Scheduler
-        path = Path(folder) / "tokenizer.json"
-        try:
-            tokenizer: Any = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise TokenizerRefused(f"{path}: not a tokenizer file ({error})") from None
-        # The file may carry the padding and truncation of its training run.
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
+        tokenizer = read_tokenizer(Path(folder) / "tokenizer.json")
         scheduler = opened(engine, limits=limits)
         service = cls(engine, tokenizer, scheduler)
         scheduler.start()
@@ -195,13 +186,15 @@ class GenerationService:
     def _encode(self, text: str, *, special: bool) -> list[int]:
         bound = self._capacity * _CHARACTERS_PER_TOKEN
         if len(text) > bound:
-            count = len(self._tokenizer.encode(text[:bound], add_special_tokens=special).ids)
+            with tokenizing():
+                count = len(self._tokenizer.encode(text[:bound], add_special_tokens=special).ids)
             if count > self._capacity + 1:
                 raise BadRequest(
                     f"the prompt has more than {count - 1} tokens ({len(text)} characters); "
                     f"a slot of this model holds {self._capacity}"
                 )
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
+        with tokenizing():
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
         return ids
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from itertools import accumulate
@@ -19,10 +20,14 @@ from triton_repo.runtime.admission import Busy
 from triton_repo.runtime.texts import BadRequest
 
 # A value, or one for each value of the family's label.
-Snapshot = Mapping[str, float | Mapping[str, float]]
+Snapshot = Mapping[str, float | dict[str, float]]
 
 _INTERVAL_S = 1.0
-_BOUNDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+# No further apart than 2.5 times: a quantile between two is interpolated.
+_BOUNDS: Final = (
+    *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
+    *(1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0),
+)
 _BUCKETS: Final = (*(f"{bound:g}" for bound in _BOUNDS), "+Inf")
 _OUTCOMES: Final = ("completed", "failed", "cancelled", "rejected")
 _REASONS: Final = ("bad_input", "queue_full", "deadline", "expired", "displaced", "unloading")
@@ -104,11 +109,14 @@ class Publisher:
         self._sent: dict[tuple[str, str], float] = {}
 
     def publish(self, snapshot: Snapshot) -> None:
-        """Send what changed since the last time."""
+        """Send what changed since the last time, and when it was sent: a process that died leaves its last
+        values behind, and nothing else tells them from those of an idle one."""
         for name, value in snapshot.items():
-            by_label = value if isinstance(value, Mapping) else {"": value}
-            for label, number in by_label.items():
+            by_label = value if isinstance(value, dict) else {"": value}
+            # From the last one: whoever reads in between finds no bucket that holds more than a larger one.
+            for label, number in reversed(by_label.items()):
                 self._send(name, label, float(number))
+        self._send("reported_timestamp_seconds", "", time.time())
 
     def complain(self, error: Exception) -> None:
         self._pb.Logger.log_error(f"publishing metrics failed: {type(error).__name__}")
@@ -152,12 +160,14 @@ class Reporter:
 
     def _run(self) -> None:
         ended = False
-        while not ended:
-            ended = self._closing.wait(_INTERVAL_S)
+        while True:
             try:
                 self._publisher.publish(self._snapshot())
             except Exception as error:  # the next one may succeed, and nothing else depends on it
                 self._publisher.complain(error)
+            if ended:
+                return
+            ended = self._closing.wait(_INTERVAL_S)
 
 
 def _is_counter(name: str) -> bool:
@@ -177,6 +187,12 @@ _FAMILIES: Final[Mapping[str, tuple[str, str]]] = {
     "requests_total": ("outcome", "Requests by how they ended"),
     "rejections_total": ("reason", "Rejected requests by reason"),
     "queue_requests": ("", "Requests that wait"),
+    "queue_limit_requests": ("", "Requests that may wait (max_size of the stack file)"),
+    "deadline_seconds": (
+        "",
+        "From arrival to the answer, or the first token (deadline_ms of the stack file)",
+    ),
+    "reported_timestamp_seconds": ("", "When the model's process last reported, in Unix time"),
     **_histogram("queue_seconds", "Time from arrival to start"),
     **_histogram("request_seconds", "Time from arrival to the last response"),
     **_histogram("first_token_seconds", "Time from arrival to the first token"),

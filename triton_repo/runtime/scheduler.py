@@ -108,7 +108,7 @@ class Scheduler:
     def snapshot(self) -> dict[str, Any]:
         """What happened so far and what is running now, as metrics."""
         return {
-            "queue_requests": len(self._queue),
+            **self._queue.snapshot(),
             "llm_slots": self._table.slots,
             "llm_slots_active": self._table.slots - self._table.free,
             "llm_cache_tokens": self._table.cached,

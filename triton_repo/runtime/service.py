@@ -54,10 +54,21 @@ class Reader:
                 found.append(self._read(request))
             except BadRequest as error:
                 found.append(error)
-        rows_of = iter(self._tokenize([job for job in found if isinstance(job, Job)]))
+        rows_of = iter(self._tokenize_each([job for job in found if isinstance(job, Job)]))
         return [job if isinstance(job, BadRequest) else self._accept(job, next(rows_of)) for job in found]
 
-    def _accept(self, job: Job, rows: list[Row]) -> Accepted | BadRequest:
+    def _tokenize_each(self, jobs: Sequence[Job]) -> list[list[Row] | BadRequest]:
+        """Together, unless the tokenizer fails on a text: then one by one, to know whose it is."""
+        try:
+            return [*self._tokenize(jobs)]
+        except BadRequest as error:
+            if len(jobs) == 1:
+                return [error]
+        return [rows for job in jobs for rows in self._tokenize_each([job])]
+
+    def _accept(self, job: Job, rows: list[Row] | BadRequest) -> Accepted | BadRequest:
+        if isinstance(rows, BadRequest):
+            return rows
         dropped = sum(row.truncated for row in rows)
         if dropped and self._refuse:
             return self._too_long(rows)

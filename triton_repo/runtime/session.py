@@ -10,15 +10,18 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
+from triton_repo.runtime.external_data import UnsafeGraph, check_external
 from triton_repo.runtime.huge_pages import collapse_heap
 
 MANIFEST_FORMAT = 1
+# A chat template is the largest part of one; the longest that is taken has 256 KiB.
+MAX_MANIFEST_BYTES = 16 << 20
 _CPU_INFO = Path("/proc/cpuinfo")
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -40,6 +43,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The parsed manifest.json of an engine folder; EngineRefused when it is missing or malformed."""
     path = folder / "manifest.json"
     try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise EngineRefused(f"{path}: larger than {MAX_MANIFEST_BYTES:,} bytes; this is no manifest")
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EngineRefused(f"{path}: no manifest, so this is not a finished engine") from None
@@ -52,7 +57,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise EngineRefused(f"{path}: the manifest has no {', '.join(missing)}")
     if manifest["digest"] != manifest_digest(manifest):
         raise EngineRefused(f"{path}: the manifest was altered after the build (its own digest differs)")
+    if wrong := _malformed(manifest):
+        raise EngineRefused(f"{path}: the manifest's {wrong} is not what it should be")
     return manifest
+
+
+def _malformed(manifest: Mapping[str, Any]) -> str | None:
+    """The part of a manifest that is of another type than everybody who reads it takes for granted."""
+    engine, files = manifest["engine"], manifest["files"]
+    kinds = {"engine": dict, "files": dict, "target": str, "serving": dict}
+    if wrong := next((key for key, kind in kinds.items() if not isinstance(manifest[key], kind)), None):
+        return wrong
+    for name, record in [(engine.get("file"), engine), *files.items()]:
+        is_record = isinstance(record, dict) and isinstance(record.get("sha256"), str)
+        if not (isinstance(name, str) and is_record and type(record.get("bytes")) is int):
+            return f"record of {name!r:.100}"
+    return None
 
 
 def manifest_digest(manifest: Mapping[str, Any]) -> str:
@@ -63,19 +83,51 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
 
 def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Compare size and SHA-256 of the engine and of every file beside it with the manifest."""
-    expected = {manifest["engine"]["file"]: manifest["engine"], **manifest["files"]}
-    for name, record in expected.items():
+    check_sizes(folder, manifest)
+    for name, record in _listed(manifest).items():
+        path = folder / name
+        if sha256(path) != record["sha256"]:
+            raise EngineRefused(f"{path}: altered after the build (SHA-256 differs from the manifest)")
+
+
+def check_sizes(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Compare the sizes alone, which needs no reading of gigabytes."""
+    for name, record in _listed(manifest).items():
         path = folder / name
         if path.parent != folder or path.name in {"", ".", ".."}:
             raise EngineRefused(f"{folder}: the manifest names a file outside its folder: {name!r}")
         try:
             size = path.stat().st_size
-        except OSError:
+        except (OSError, ValueError):
             raise EngineRefused(f"{path}: missing, though the manifest lists it") from None
         if size != record["bytes"]:
             raise EngineRefused(f"{path}: {size} bytes, the manifest says {record['bytes']} (truncated?)")
-        if sha256(path) != record["sha256"]:
-            raise EngineRefused(f"{path}: altered after the build (SHA-256 differs from the manifest)")
+
+
+def _listed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What the manifest says of each file, the engine first."""
+    return {manifest["engine"]["file"]: manifest["engine"], **manifest["files"]}
+
+
+def checked_folder(folder: Path) -> dict[str, Any]:
+    """The manifest of an engine folder whose files are those that it lists, and whose graphs use no others.
+
+    Raises EngineRefused.
+    """
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    if str(manifest["target"]).startswith("onnxruntime"):
+        listed = manifest["files"]
+        for name in [manifest["engine"]["file"], *(name for name in listed if name.endswith(".onnx"))]:
+            _check_graph(folder / name, listed)
+    return manifest
+
+
+def _check_graph(graph: Path, listed: Collection[str] | None = None) -> None:
+    try:
+        check_external(graph, listed)
+    except UnsafeGraph as error:
+        raise EngineRefused(str(error)) from None
 
 
 class Engine:
@@ -100,8 +152,7 @@ def open_engine(folder: Path, threads: int | None = None) -> Engine:
     `threads` is the number of compute threads (default: one per core). Raises EngineRefused.
     """
     folder = Path(folder)
-    manifest = read_manifest(folder)
-    check_files(folder, manifest)
+    manifest = checked_folder(folder)
     if manifest["target"] != "onnxruntime":
         raise EngineRefused(
             f"{folder}: built for target {manifest['target']!r}; this runtime serves 'onnxruntime' engines"
@@ -121,6 +172,8 @@ def onnx_session(
     """An ONNX Runtime CPU session with the options that were measured to be fastest here, and `settings`."""
     import onnxruntime as ort
 
+    if isinstance(model, Path):
+        _check_graph(model)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.inter_op_num_threads = 1

@@ -172,7 +172,7 @@ class LlmScheduler:
         running = [job for job in tuple(self._tasks) if job.state == "running"]
         tokens = sum(len(job.prompt) * job.request.params.n + job.completion for job in running)
         return {
-            "queue_requests": len(self._queue),
+            **self._queue.snapshot(),
             "llm_slots": engine.slots,
             "llm_slots_active": engine.slots - self._free,
             "llm_cache_tokens": tokens,

@@ -7,13 +7,16 @@ costs nothing. The template is learned from the tokenizer and checked against it
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+import contextlib
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from triton_repo.runtime.texts import BadRequest
 
 # A long text is cut before it is tokenized, at first to this many characters per token wanted.
 _CHARACTERS_PER_TOKEN = 8
@@ -29,6 +32,39 @@ _SPACES = " \t\n\r"
 
 class TokenizerRefused(Exception):
     """tokenizer.json is unreadable, or its template is not one this runtime can reproduce."""
+
+
+def read_tokenizer(path: Path) -> Any:
+    """The `tokenizers.Tokenizer` in a file, without the padding and truncation of its training run.
+
+    Raises TokenizerRefused.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer: Any = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise TokenizerRefused(f"{path}: not a tokenizer file ({error})") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+@contextlib.contextmanager
+def tokenizing() -> Iterator[None]:
+    """What the tokenizers library raises over a text becomes BadRequest.
+
+    That includes its panics, which are no Exceptions and would end the thread: a pattern of tokenizer.json
+    that backtracks too far on a text is one.
+    """
+    try:
+        yield
+    except TokenizerRefused:
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise BadRequest("the model's tokenizer fails on a text of this request") from None
+        raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,18 +113,14 @@ class TextTokenizer:
     """Wraps a `tokenizers` tokenizer file. Thread-safe after construction."""
 
     def __init__(self, path: Path, *, max_length: int) -> None:
-        from tokenizers import Tokenizer
-
-        try:
-            self._tokenizer: Any = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise TokenizerRefused(f"{path}: not a tokenizer file ({error})") from None
-        # The file may carry the padding and truncation of its training run.
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
+        self._tokenizer = read_tokenizer(path)
         self.max_length = max_length
-        self._single = _learn(self._tokenizer, pair=False)
-        self._pair = _learn(self._tokenizer, pair=True)
+        try:
+            with tokenizing():
+                self._single = _learn(self._tokenizer, pair=False)
+                self._pair = _learn(self._tokenizer, pair=True)
+        except BadRequest:
+            raise TokenizerRefused(f"{path}: it fails on short English words") from None
         if max(self._single.added, self._pair.added) >= max_length:
             raise TokenizerRefused(f"{path}: no room for text in {max_length} tokens beside the special ones")
 
@@ -129,21 +161,24 @@ class TextTokenizer:
         Of a long text the ids are at least the first `max_length`. It is cut at white space to a bounded
         number of characters first; if that leaves too few tokens to know the answer (long runs of blanks,
         words that become one unknown token) it is tried again with more, up to READ_CHARACTERS. No tokenizer
-        forms a token across white space, so the tokens kept are those of the whole text; a text without
-        white space is cut inside a word, at least `_MARGIN` tokens after the last one kept.
+        forms a token across white space, so the tokens kept are those of the whole text, unless a word in it
+        has more than READ_CHARACTERS.
+
+        Raises BadRequest where the tokenizer fails on one of them; it does not say on which.
         """
         answer: list[tuple[list[int], bool]] = [([], True) for _ in texts]
         pending: Sequence[int] = range(len(texts))
         limit = _CHARACTERS_PER_TOKEN * (self.max_length + _MARGIN)
         while pending:
             cut = [bounded(texts[index], limit) for index in pending]
-            encodings = self._tokenizer.encode_batch_fast(cut, add_special_tokens=False)
+            with tokenizing():
+                encodings = self._tokenizer.encode_batch_fast(cut, add_special_tokens=False)
             undecided = []
             for index, part, encoding in zip(pending, cut, encodings, strict=True):
                 ids = encoding.ids
                 decided = len(part) == len(texts[index]) or len(ids) >= self.max_length + _MARGIN
                 answer[index] = (ids, decided)
-                if not decided:
+                if not decided and len(part) < READ_CHARACTERS:
                     undecided.append(index)
             pending = undecided if limit < READ_CHARACTERS else ()
             limit = min(READ_CHARACTERS, limit * _GROWTH)
@@ -166,12 +201,20 @@ class TextTokenizer:
 
 
 def bounded(text: str, limit: int) -> str:
-    """`text` cut to at most `limit` characters, before a white space in the second half if there is one."""
+    """The beginning of `text`, of about `limit` characters: before a white space in the second half if there
+    is one, else before the next one; of a word without end READ_CHARACTERS.
+
+    Inside a word its end would decide: a sentencepiece model divides it as a whole, so that the first tokens
+    of "aaa..." depend on how many there are.
+    """
     if len(text) <= limit:
         return text
     cut = max(text.rfind(space, limit // 2, limit + 1) for space in _SPACES)
     if cut < 0:
-        return text[:limit]
+        found = (text.find(space, limit, READ_CHARACTERS + 1) for space in _SPACES)
+        cut = min((place for place in found if place >= 0), default=-1)
+    if cut < 0:
+        return text[:READ_CHARACTERS]
     return text[:cut].rstrip(_SPACES) or text[:cut]
 
 

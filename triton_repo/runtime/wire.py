@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from triton_repo.runtime.admission import PRIORITY
+from triton_repo.runtime.admission import PRIORITY, TIMEOUT
 from triton_repo.runtime.delivery import Delta, merged
 from triton_repo.runtime.exchange import Answer, Cancelled
 from triton_repo.runtime.generation import FIELDS
@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
 
 # The request's id, which HTTP's generate endpoint passes on in this way, and what the queue reads.
-_NOT_OURS: Final = {"id", PRIORITY}
+_NOT_OURS: Final = {"id", PRIORITY, TIMEOUT}
 _LISTS: Final = {"stop", "stop_token_ids"}
 
 
@@ -31,7 +31,7 @@ def read_fields(tensors: Mapping[str, Array], parameters: str = "") -> tuple[dic
     """The request as the service's fields, and whether it wants a stream.
 
     `tensors`: the inputs that were sent, by name; `parameters`: Triton's request parameters as JSON. Raises
-    BadRequest for a parameter; what the fields may hold is for the service to say.
+    BadRequest for a parameter or an empty tensor; what the fields may hold is for the service to say.
     """
     _refuse_parameters(parameters)
     fields = {name: _plain(name, array) for name, array in tensors.items()}
@@ -54,6 +54,8 @@ def _plain(name: str, array: Array) -> Any:
     values = array.reshape(-1)
     if name in _LISTS:
         return values.tolist()
+    if not values.size:
+        raise BadRequest(f"'{name}' holds no value")
     if values.dtype == np.float32:
         # The shortest decimal that is this FP32 value: 0.7, not 0.699999988.
         return float(str(values[0]))

@@ -237,7 +237,7 @@ def test_build_of_data_that_does_not_fit(build: tuple[Path, Result], stack: Path
     (tmp_path / "s.toml").write_text("\n".join(text))
     result = run("build", tmp_path / "s.toml", "--build-dir", tmp_path / "build")
     assert result.exit_code == errors.DataError.exit_code
-    assert "texts.jsonl, line 2: unknown key 'txt'" in result.output
+    assert "texts.jsonl, line 2: key 1 is unknown (did you mean 'text'?)" in result.output
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])

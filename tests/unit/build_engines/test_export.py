@@ -295,7 +295,7 @@ def test_norms_from_tensorflow_and_saved_buffers_are_understood(
         ({"num_hidden_layers": 2}, r"would leave out the tensors .*encoder\.layer\.2"),
         ({"intermediate_size": 64}, r"has shape \[56, 32\], config.json implies \[64, 32\]"),
         ({"num_attention_heads": 5}, "no multiple of 5 heads"),
-        ({"hidden_size": "32"}, "hidden_size must be a positive integer, not '32'"),
+        ({"hidden_size": "32"}, "hidden_size must be an integer from 1 to 2147483647, not '32'"),
         ({"problem_type": "regression"}, "predict numbers, not classes"),
         ({"id2label": {"0": "a", "1": "b"}}, "id2label names 2 labels, the head has 3 outputs"),
         ({"architectures": ["BertForTokenClassification"]}, "BertForTokenClassification has no sequence"),

@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from build_engines import fetch, fetch_hub
+from build_engines import fetch, fetch_hub, untrusted
 from build_engines.errors import BusyError, FetchError
 from build_engines.fetch import fetch_model
 from build_engines.stack import Model
@@ -466,3 +466,29 @@ def test_a_place_that_cannot_be_written_is_named(hub: Hub, tmp_path: Path) -> No
     with pytest.raises(FetchError, match=r"file.*Not a directory") as caught:
         fetch_model(_model(), tmp_path / "file" / "sources" / "model")
     assert "--build-dir" in str(caught.value)
+
+
+def test_a_vocabulary_larger_than_any_is_not_downloaded(
+    hub: Hub, dest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(untrusted, "MAX_VOCABULARY_BYTES", 10)
+    with pytest.raises(FetchError, match=r"tokenizer\.json has 18 bytes, more than"):
+        fetch_model(_model(), dest)
+    assert not [path for path, _ in hub.requests if "/resolve/" in path]
+
+
+def test_a_repository_of_more_files_than_any_is_not_downloaded(
+    hub: Hub, dest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(untrusted, "MAX_FILES", 5)
+    with pytest.raises(FetchError, match="more than 5 files"):
+        fetch_model(_model(), dest)
+    assert not [path for path, _ in hub.requests if "/resolve/" in path]
+
+
+def test_a_tokenizer_of_the_hub_that_names_code(hub: Hub, dest: Path) -> None:
+    named = {"auto_map": {"AutoTokenizer": ["other/repo--tokenizer.Evil", None]}}
+    hub.files["tokenizer_config.json"] = json.dumps(named).encode()
+    with pytest.raises(FetchError, match=r"tokenizer_config\.json names code of its own .*Evil"):
+        fetch_model(_model(), dest)
+    assert not dest.exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ import pytest
 from click.testing import CliRunner
 from fake_gpu import FakeCudart
 
+from build_engines import nvidia
 from build_engines.cli import main
 from build_engines.errors import ArtifactError
 from build_engines.gpu import building, ceilings, command, encoders, machine, memory, served
@@ -49,7 +49,7 @@ SIZES = Sizes(
     new=4,
     batches=(1, 2),
 )
-GPU = machine.Card(
+GPU = nvidia.Card(
     name="NVIDIA Test",
     compute_capability="9.0",
     total_bytes=24 << 30,
@@ -254,6 +254,27 @@ def test_memory_of_each_engine_and_of_the_whole_stack(again: Run) -> None:
     assert abs(found.facts["memory left behind, MiB"]) < 1
 
 
+def test_the_parts_of_an_engine_stand_beside_what_was_planned_of_each(again: Run) -> None:
+    """What it allocated itself is known by purpose; the rest of what the driver counts are its weights."""
+    plan = {"weights": 500, "activations": 100, "buffers": 10, "cache": 50, "context": 300}
+    plan = {part: size << 20 for part, size in plan.items()}
+    side = again.side("parts")
+    one = memory._Opened("assistant", "tensorrt int8-weights", Path("x"), side, plan)
+    one.measured = {part: size << 20 for part, size in (("context", 280), ("engine", 670), ("peak", 960))}
+    one.taken = {part: size << 20 for part, size in (("activations", 100), ("buffers", 12), ("cache", 50))}
+    memory._report(again, one)
+    rows = {row.case: (row.value, row.limit) for row in again.results.rows}
+    assert rows == {
+        "CUDA context": (280, 300),
+        "weights, and what the library keeps": (508, 500),
+        "activations": (100, 100),
+        "buffers": (12, 10),
+        "KV cache": (50, 50),
+        "weights, activations, buffers, cache": (670, 660),
+        "most at any time": (960, 960),
+    }
+
+
 def test_a_larger_card_is_filled_up_to_what_the_smaller_one_leaves(
     again: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,7 +307,7 @@ def resident(pid: int) -> int:
 def test_a_gpu_that_nothing_installed_can_use_gives_reasons_and_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "find_card", lambda device=0: GPU)
+    monkeypatch.setattr(nvidia, "find_card", lambda index=0: GPU)
     built = Row(part="build", case="fp16", value=1.0, unit="s")  # that alone is no measurement
     monkeypatch.setattr(command, "_write_stack", lambda run, targets: run.results.add(built))
     for part in ("decoders", "encoders", "memory", "served"):
@@ -306,74 +327,6 @@ def test_without_a_gpu_the_command_says_so_and_leaves_its_files(tmp_path: Path) 
     assert "nothing could be measured" in done.output
     assert json.loads((tmp_path / "bench.json").read_text("utf-8"))["gpu"] is None
     assert "no NVIDIA driver" in (tmp_path / "bench.txt").read_text("utf-8")
-
-
-class Driver:
-    """What libcuda and NVML answer, through the addresses that they are given."""
-
-    def __init__(self, **failing: int) -> None:
-        self.failing = failing
-
-    def __getattr__(self, name: str) -> Callable[..., int]:
-        def call(*arguments: Any) -> int:
-            if name in self.failing:
-                return self.failing[name]
-            values = {"cuDeviceGetCount": 1, "cuDriverGetVersion": 13010, "cuDeviceTotalMem_v2": 16 << 30}
-            texts = {"cuDeviceGetName": b"NVIDIA GeForce", "nvmlSystemGetDriverVersion": b"580.1"}
-            if name in values:
-                arguments[0]._obj.value = values[name]
-            elif name in texts:
-                arguments[0].value = texts[name]
-            elif name == "cuDeviceGetAttribute":
-                arguments[0]._obj.value = {75: 12, 76: 0, 13: 2_450_000}.get(arguments[1], 1)
-            elif name == "nvmlDeviceGetMemoryInfo":
-                arguments[1]._obj.total, arguments[1]._obj.free = 16 << 30, 15 << 30
-            return 0
-
-        return call
-
-
-def test_the_card_as_the_driver_describes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: Driver())
-    card = machine.find_card()
-    assert (card.name, card.compute_capability, card.driver, card.driver_cuda) == (
-        "NVIDIA GeForce",
-        "12.0",
-        "580.1",
-        "13.1",
-    )
-    assert machine.used_bytes(card) == 1 << 30
-
-
-@pytest.mark.parametrize(
-    ("failing", "words"),
-    [({"cuInit": 100}, "cuInit with error 100"), ({"cuDeviceGetCount": 3}, "cuDeviceGetCount with error 3")],
-)
-def test_a_driver_that_refuses_is_quoted(
-    monkeypatch: pytest.MonkeyPatch, failing: dict[str, int], words: str
-) -> None:
-    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: Driver(**failing))
-    with pytest.raises(machine.NoGpu, match=words):
-        machine.find_card()
-
-
-def test_a_second_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: Driver())
-    with pytest.raises(machine.NoGpu, match="shows 1 GPUs here, and number 1 is asked for"):
-        machine.find_card(1)
-
-
-def test_without_nvml_the_driver_version_is_unknown_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(name: str) -> Any:
-        if "nvidia-ml" in name:
-            raise OSError(name)
-        return Driver()
-
-    monkeypatch.setattr(machine.ctypes, "CDLL", load)
-    assert machine.find_card().driver == "unknown"
-    with pytest.raises(machine.NoGpu, match="NVML"):
-        machine.used_bytes(GPU)
-    assert ctypes.CDLL is load
 
 
 def test_the_least_time_is_the_longer_of_computing_and_reading() -> None:
@@ -451,12 +404,21 @@ def test_the_gpu_tests_run_on_a_stand_in(tmp_path: Path) -> None:
     assert any("no_neighbours" in name for name in passed)
 
 
-def test_the_gpu_tests_name_what_is_missing_and_still_write_their_table(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": ""}, ""),
+        ({"ONECARD_STAND_IN": "1", "ONECARD_GPU_MINUTES": "0"}, "the 0 minutes are over"),
+    ],
+)
+def test_the_gpu_tests_name_what_is_missing_and_still_write_their_table(
+    tmp_path: Path, environment: dict[str, str], reason: str
+) -> None:
     report = tmp_path / "test.json"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "tests/gpu/test_gpu_device.py", "-q", "-p", "no:cacheprovider"],
         cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "ONECARD_GPU_REPORT": str(report)},
+        env={**os.environ, "ONECARD_GPU_REPORT": str(report), **environment},
         capture_output=True,
         text=True,
         timeout=120,
@@ -465,5 +427,5 @@ def test_the_gpu_tests_name_what_is_missing_and_still_write_their_table(tmp_path
     assert done.returncode == 0, done.stdout
     rows = json.loads(report.read_text("utf-8"))["tests"]
     assert {row["status"] for row in rows} == {"skipped"}
-    assert all(row["reason"] for row in rows)
+    assert all(row["reason"] and reason in row["reason"] for row in rows)
     assert "GPU tests" in done.stdout

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from build_engines.gpu import baselines, ceilings, machine
+from build_engines import nvidia
+from build_engines.gpu import baselines, ceilings
 from build_engines.gpu.models import LLM, EncoderSize, Sizes, write_model
 from build_engines.random_model import RandomLlama
 
@@ -159,11 +160,11 @@ def test_a_static_cache_keeps_its_place(tmp_path: Path) -> None:
 def test_the_drivers_numbers_are_those_of_its_header() -> None:
     driver = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
     names = {
-        "COMPUTE_CAPABILITY_MAJOR": machine._CAPABILITY_MAJOR,
-        "COMPUTE_CAPABILITY_MINOR": machine._CAPABILITY_MINOR,
-        "MULTIPROCESSOR_COUNT": machine._PROCESSORS,
-        "CLOCK_RATE": machine._CLOCK_KHZ,
-        "L2_CACHE_SIZE": machine._L2,
+        "COMPUTE_CAPABILITY_MAJOR": nvidia.CAPABILITY_MAJOR,
+        "COMPUTE_CAPABILITY_MINOR": nvidia.CAPABILITY_MINOR,
+        "MULTIPROCESSOR_COUNT": nvidia.PROCESSORS,
+        "CLOCK_RATE": nvidia.CLOCK_KHZ,
+        "L2_CACHE_SIZE": nvidia.L2,
     }
     for name, number in names.items():
         found = getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from llama_checkpoint import Llama, normal
 from tiny_decoders import save_decoder
 
 from build_engines.decoder_memory import decoder_engine_memory
@@ -31,45 +31,7 @@ SIZES: dict[str, dict[str, int]] = {
     "words": {"layers": 1, "hidden": 128, "ffn": 256, "vocabulary": 60_000, "kv_heads": 2},
     "equal": {"layers": 2, "hidden": 1024, "ffn": 1024, "vocabulary": 500, "kv_heads": 4},
 }
-HEADS = 4
 Made = Callable[[str, str], Path]
-
-
-def _checkpoint(folder: Path, layers: int, hidden: int, ffn: int, vocabulary: int, kv_heads: int) -> None:
-    """A random Llama of four heads: equal weights would be stored once, whatever the plan says."""
-    from safetensors.numpy import save_file
-
-    narrow = hidden // HEADS * kv_heads
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (vocabulary, hidden),
-        "lm_head.weight": (vocabulary, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    for layer in range(layers):
-        base = f"model.layers.{layer}"
-        shapes |= {f"{base}.self_attn.{part}_proj.weight": (hidden, hidden) for part in "qo"}
-        shapes |= {f"{base}.self_attn.{part}_proj.weight": (narrow, hidden) for part in "kv"}
-        shapes |= {f"{base}.mlp.{part}_proj.weight": (ffn, hidden) for part in ("gate", "up")}
-        shapes |= {f"{base}.mlp.down_proj.weight": (hidden, ffn)}
-        shapes |= {f"{base}.{part}_layernorm.weight": (hidden,) for part in ("input", "post_attention")}
-    random = np.random.default_rng(0)
-    folder.mkdir(parents=True)
-    weights = {
-        name: (random.standard_normal(shape) * 0.02).astype(np.float16) for name, shape in shapes.items()
-    }
-    save_file(weights, folder / "model.safetensors")
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocabulary,
-        "max_position_embeddings": 1024,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def _write(checkpoint: Path, out: Path, precision: Any) -> Path:
@@ -93,7 +55,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     def make(size: str, precision: str) -> Path:
         checkpoint, graph = folder / size, folder / size / precision / "model.onnx"
         if not checkpoint.exists():
-            _checkpoint(checkpoint, **SIZES[size])
+            # Equal weights would be stored once, whatever the plan says.
+            llama = Llama(**SIZES[size], positions=1024)
+            llama.write(checkpoint, normal(0, 0.02, np.float16))
         if not graph.exists():
             graph.parent.mkdir()
             _write(checkpoint, graph, precision)

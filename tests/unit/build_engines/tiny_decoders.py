@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from llama_checkpoint import Llama
 
 VOCABULARY, HIDDEN, FFN, HEADS, KV_HEADS, POSITIONS = 211, 48, 80, 4, 2, 256
 Reference = Callable[[Any], Any]  # token ids [n] -> logits [n, vocabulary]
@@ -209,21 +210,12 @@ def write_hollow(
 
     `bad`: tensors whose last value is this instead.
     """
-    heads, kv_heads = hidden // 16, hidden // 32
-    narrow = kv_heads * 16
-    shapes = {"model.embed_tokens.weight": (vocabulary, hidden), "lm_head.weight": (vocabulary, hidden)}
-    shapes_1d = {"model.norm.weight": (hidden,)}
-    for layer in range(layers):
-        base = f"model.layers.{layer}"
-        shapes |= {f"{base}.self_attn.{part}_proj.weight": (hidden, hidden) for part in "qo"}
-        shapes |= {f"{base}.self_attn.{part}_proj.weight": (narrow, hidden) for part in "kv"}
-        shapes |= {f"{base}.mlp.{part}_proj.weight": (ffn, hidden) for part in ("gate", "up")}
-        shapes |= {f"{base}.mlp.down_proj.weight": (hidden, ffn)}
-        shapes_1d |= {f"{base}.{part}_layernorm.weight": (hidden,) for part in ("input", "post_attention")}
+    sizes = {"hidden": hidden, "ffn": ffn, "heads": hidden // 16, "kv_heads": hidden // 32}
+    llama = Llama(layers=layers, **sizes, vocabulary=vocabulary)
     table: dict[str, Any] = {}
     ends: dict[str, int] = {}
     total = 0
-    for name, shape in {**shapes, **shapes_1d}.items():
+    for name, shape in llama.tensors().items():
         start, total = total, total + 2 * int(np.prod(shape))
         table[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, total]}
         ends[name] = total
@@ -238,17 +230,5 @@ def write_hollow(
             file.seek(first + ends[name] - 2)
             bits = np.array([value], np.float32).view(np.uint32)
             file.write((bits + 0x8000 >> 16).astype(np.uint16).tobytes())
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocabulary,
-        "max_position_embeddings": 128,
-        "rms_norm_eps": 1e-5,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    llama.write_config(folder, rms_norm_eps=1e-5)
     return total

@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
+from bounded import bounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from build_engines.errors import DataError
-from calibration.samples import RankingGroup, Review, data_file, load_groups, load_texts
+from calibration.reading import MAX_LINE_CHARACTERS, MAX_LINES
+from calibration.samples import RankingGroup, Review, data_file, load_conversations, load_groups, load_texts
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).filter(
     lambda t: bool(t.strip())
@@ -74,7 +77,7 @@ def test_txt_is_one_text_per_line(tmp_path: Path) -> None:
             "a.jsonl",
             '{"text": "a"}\n{"text": "b", "lable": "x"}',
             2,
-            "unknown key 'lable' (did you mean 'label'?)",
+            "key 2 is unknown (did you mean 'label'?)",
         ),
         ("a.jsonl", '{"label": "x"}', 1, "text missing; found: label"),
         ("a.jsonl", '{"text": "a", "text": "b"}', 1, "a key is given twice"),
@@ -85,7 +88,7 @@ def test_txt_is_one_text_per_line(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "\\ud83d"}', 1, "surrogate"),
         ("a.jsonl", '{"text": NaN}', 1, "NaN is not JSON"),
         ("a.csv", 'text,label\n"two\nlines",x\nextra,x,y\n', 4, "3 fields where the header has 2"),
-        ("a.csv", "text,score\na,1\n", 1, "unknown key 'score'"),
+        ("a.csv", "text,score\na,1\n", 1, "key 2 is unknown; allowed: label, text"),
         ("a.csv", "label\na\n", 1, "text missing"),
         ("a.csv", "text,text\na,b\n", 1, "'text' is given twice"),
         ("a.csv", 'text\nfine\n"open\n', 3, "not valid CSV"),
@@ -146,7 +149,7 @@ def test_an_empty_file_is_an_error(tmp_path: Path, name: str, content: str) -> N
 
 def test_labels_must_be_the_models(tmp_path: Path) -> None:
     path = written(tmp_path, "a.csv", "text,label\na,positive\nb,Negatve\n")
-    with pytest.raises(DataError, match=r"line 3: label 'Negatve'.*did you mean 'negative'"):
+    with pytest.raises(DataError, match=r"line 3: the label is not .*did you mean 'negative'"):
         load_texts(path, labels=["negative", "positive"], limit=1)
     unlabelled = written(tmp_path, "b.txt", "a\n")
     with pytest.raises(DataError, match="line 1: no label"):
@@ -204,3 +207,83 @@ def test_missing_files_folders_and_other_formats(tmp_path: Path) -> None:
         load_texts(tmp_path / "a.parquet")
     with pytest.raises(DataError, match="JSONL only"):
         load_groups(tmp_path / "reviews.csv")
+
+
+SECRET = "Seojun-complained-about-cold-noodles"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", f"{SECRET},1\nanother text,2\n"),  # no header
+        ("a.csv", f"text,label\n{SECRET},{SECRET}\n"),  # a label that is none
+        ("a.csv", f'text\n"{SECRET}\n'),
+        ("a.csv", f"text,label\n{SECRET}\n"),
+        ("a.jsonl", json.dumps({SECRET: 1})),
+        ("a.jsonl", json.dumps({"text": SECRET, SECRET: SECRET})),
+        ("a.jsonl", json.dumps({"text": [SECRET]})),
+        ("a.jsonl", json.dumps(SECRET)),
+        ("a.jsonl", f'{{"text": "{SECRET}'),
+        ("a.jsonl", json.dumps({"text": SECRET, "label": {SECRET: 1}})),
+        ("a.jsonl", json.dumps({"query": SECRET, "passages": [SECRET, 5], "relevance": [SECRET, 1]})),
+        ("a.jsonl", json.dumps({"query": SECRET, "passages": [SECRET], "relevance": [SECRET]})),
+        ("a.jsonl", json.dumps({"messages": [{"role": SECRET, "content": SECRET}]})),
+        ("a.jsonl", json.dumps({"messages": [{"role": "user", SECRET: SECRET}]})),
+        ("a.jsonl", json.dumps({"messages": [SECRET]})),
+        ("a.jsonl", json.dumps({"messages": [{"role": "user", "content": SECRET}] * 2})),
+    ],
+)
+def test_an_error_never_repeats_a_text(tmp_path: Path, name: str, content: str) -> None:
+    """Errors end up in logs; they name file and line."""
+    path = written(tmp_path, name, content)
+    refused: list[str] = []
+    for load in (
+        lambda: load_texts(path, labels=["positive"]),
+        lambda: load_groups(path),
+        lambda: load_conversations(path),
+    ):
+        try:
+            load()
+        except DataError as error:
+            refused.append(str(error))
+    assert refused
+    assert not any(part in message for part in (SECRET, "cold-noodles") for message in refused)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("\n" * (MAX_LINES + 1), "has more than 1,000,000 lines"),
+        ("a\n" + "b" * (MAX_LINE_CHARACTERS + 1), "line 2: 8,000,001 characters, more than 8,000,000"),
+    ],
+)
+def test_lines_without_end(tmp_path: Path, content: str, problem: str) -> None:
+    path = written(tmp_path, "a.txt", content)
+    with pytest.raises(DataError, match=problem):
+        bounded(load_texts, path)
+
+
+def test_a_line_of_a_gigabyte(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.jsonl", '{"text": "')
+    with path.open("ab") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(DataError, match="is larger than 64 MiB"):
+        bounded(load_texts, path)
+
+
+def test_a_name_that_is_long_is_compared_in_part(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.jsonl", json.dumps({"text" * 500_000: 1}))
+    with pytest.raises(DataError, match="key 1 is unknown"):
+        bounded(load_texts, path)
+
+
+def test_lists_in_lists_without_end(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.jsonl", '{"text": ' + "[" * 100_000)
+    with pytest.raises(DataError, match="line 1: "):
+        bounded(load_texts, path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(DataError, match="is no regular file"):
+        bounded(load_texts, tmp_path / "a.txt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,7 @@ class FakeServer:
         self.timeouts: list[float] = []
         self.replies: Callable[[InferRequest], dict[str, Any]] | None = None
         self.closed = False
+        self.versions = iter(itertools.repeat("1"))  # that answer, request by request
         # Streams: what the next one yields in place of its responses, and those that were opened.
         self.scripts: list[list[Any]] = []
         self.streams: list[Any] = []
@@ -66,7 +68,7 @@ class FakeServer:
         if self.script:
             raise self.script.pop(0)
         outputs = self.replies(request) if self.replies else self.compute(request)
-        return InferReply(request.model, request.request_id, outputs)
+        return InferReply(request.model, request.request_id, outputs, next(self.versions))
 
     def compute(self, request: InferRequest) -> dict[str, Any]:
         if "passages" in request.inputs:
@@ -90,9 +92,7 @@ class FakeServer:
             return self.configs[model]
         if question == "metadata":
             return {"name": "triton", "version": "2.51.0"}
-        if question == "index":
-            return [{"name": name, "version": "1", "state": "READY"} for name in self.configs]
-        return {"model_stats": []}
+        return {"model_stats": [{"name": name, "version": "1"} for name in self.configs]}
 
 
 class FakeTransport(FakeServer):

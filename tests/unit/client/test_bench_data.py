@@ -273,15 +273,27 @@ def test_padding_counters_are_read_per_model_and_as_a_difference() -> None:
         'onecard_tokens_total{model="a"} 90\nonecard_padding_total{model="a"} 10\n'
         'onecard_tokens_total{model="a-fp16",version="1"} 1e3\nnv_inference_count{model="a"} 5\n'
     )
-    counters = server_metrics.parse(text)
-    assert counters == {
-        "a": {"tokens_total": 90.0, "padding_total": 10.0},
-        "a-fp16": {"tokens_total": 1000.0},
-    }
-    assert metrics.padding_share({}, counters["a"]) == 0.1
-    assert metrics.padding_share({"tokens_total": 50.0, "padding_total": 10.0}, counters["a"]) == 0
-    assert metrics.padding_share(counters["a"], counters["a"]) is None
-    assert metrics.read("127.0.0.1:1") == {}
+    scrape = server_metrics.parse(text)
+    assert scrape.total("a-fp16", "onecard_tokens_total") == 1000
+    assert metrics.padding_share("a", server_metrics.parse(""), scrape) == 0.1
+    before = server_metrics.parse('onecard_tokens_total{model="a"} 50\nonecard_padding_total{model="a"} 10\n')
+    assert metrics.padding_share("a", before, scrape) == 0
+    assert metrics.padding_share("a", scrape, scrape) is None
+    assert metrics.read("127.0.0.1:1").error
+
+
+def test_a_reading_is_settled_when_it_has_counted_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    def counted(requests: int) -> server_metrics.Scrape:
+        return server_metrics.parse(f'onecard_requests_total{{model="a",outcome="completed"}} {requests}\n')
+
+    late = iter([counted(11), counted(14), counted(15), counted(99)])
+    monkeypatch.setattr(metrics, "read", lambda: next(late))
+    assert metrics.settled("a", 5, counted(10)) == counted(15)
+    monkeypatch.setattr(metrics, "read", lambda: counted(14))
+    assert metrics.settled("a", 5, counted(10), limit=0.2) == counted(14)
+    nothing = server_metrics.parse("")
+    monkeypatch.setattr(metrics, "read", lambda: nothing)
+    assert metrics.settled("a", 5, counted(10)) is nothing
 
 
 def test_busy_share_is_read_from_the_kernels_counters(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -130,7 +131,16 @@ def test_bad_input_is_refused_before_anything_is_sent(
 
 @pytest.mark.parametrize(
     "options",
-    [{"priority": -1}, {"priority": True}, {"model": ""}, {"timeout": 0}, {"timeout": float("nan")}],
+    [
+        {"priority": -1},
+        {"priority": True},
+        {"model": ""},
+        {"timeout": 0},
+        {"timeout": float("nan")},
+        {"request_id": "two words"},
+        {"request_id": "line\nbreak"},
+        {"request_id": "x" * 101},
+    ],
 )
 def test_bad_options_are_refused(call: Any, server: Any, options: dict[str, Any]) -> None:
     with pytest.raises(InvalidInput):
@@ -153,11 +163,13 @@ def test_a_model_for_another_task_is_refused(call: Any, server: Any) -> None:
 
 def test_request_ids_and_priority_go_along(call: Any, server: Any) -> None:
     call("embed", ["a"] * 5, request_id="mine", priority=2)
-    assert sorted(request.request_id for request in server.requests) == ["mine-0", "mine-1"]
+    assert sorted(request.request_id for request in server.requests) == ["mine/0", "mine/1"]
     assert {request.priority for request in server.requests} == {2}
     call("embed", "a")
     call("embed", "a")
-    assert server.requests[-1].request_id != server.requests[-2].request_id
+    first, second = (request.request_id for request in server.requests[-2:])
+    assert first != second
+    assert re.fullmatch("[0-9a-f]{12}", first)
 
 
 @pytest.mark.parametrize(

@@ -24,15 +24,15 @@ TEXT = "".join(WORDS)
 METRICS = """# HELP onecard_llm_slots Slots
 onecard_llm_slots{model="writer",version="1"} 8
 onecard_llm_slots_active{model="writer"} 3
-onecard_llm_queue{model="writer"} 2
+onecard_queue_requests{model="writer"} 2
 onecard_llm_cache_tokens{model="writer"} 1024
 onecard_llm_cache_capacity_tokens{model="writer"} 4096
 onecard_llm_tokens_per_second{model="writer"} 118.25
 onecard_llm_prompt_tokens_total{model="writer"} 700
 onecard_llm_cached_tokens_total{model="writer"} 300
 onecard_llm_generated_tokens_total{model="writer"} 9000
-onecard_llm_requests_total{model="writer",outcome="stop"} 5
-onecard_llm_requests_total{model="writer",outcome="cancelled"} 2
+onecard_requests_total{model="writer",outcome="completed"} 5
+onecard_requests_total{model="writer",outcome="cancelled"} 2
 onecard_llm_slots{model="other"} 1
 """
 
@@ -42,9 +42,7 @@ def server(transport: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     transport.configs = {"writer": fake_llm.config("writer"), "embedder": transport.configs["embedder"]}
     monkeypatch.delenv("ONECARD_URL_METRICS", raising=False)
     for module in ("cli", "options"):
-        monkeypatch.setattr(
-            f"client.{module}.open_client", lambda url, protocol, timeout: Client(transport=transport)
-        )
+        monkeypatch.setattr(f"client.{module}.open_client", lambda **server: Client(transport=transport))
     return transport
 
 
@@ -234,10 +232,10 @@ def test_status_shows_slots_rate_and_cache(
         "generated_tokens": 9000,
     }
     monkeypatch.setenv("ONECARD_URL_METRICS", "127.0.0.1:1")
-    assert run("status").exit_code == 0  # nobody there: the rest is shown all the same
-    del server.configs["writer"]
-    monkeypatch.setattr(metrics, "read", None)  # not asked for without a model that generates
-    assert run("status").exit_code == 0
+    missing = run("status")  # nobody there: the rest is shown all the same
+    assert missing.exit_code == 0
+    assert "metrics at 127.0.0.1:1 cannot be read" in missing.stdout
+    assert "writer" in missing.stdout
 
 
 def test_metrics_are_looked_for_beside_the_server_only_on_its_usual_ports() -> None:
@@ -250,8 +248,7 @@ def test_metrics_are_looked_for_beside_the_server_only_on_its_usual_ports() -> N
     assert found("card:9001", ONECARD_URL_METRICS="m:1") == "m:1"
 
 
-def test_samples_that_differ_in_other_labels_are_added_up() -> None:
-    values = metrics.parse(METRICS)["writer"]
-    assert values["llm_requests_total"] == 7
-    assert metrics.generation_status({"tokens_total": 1.0}) is None
-    assert isinstance(metrics.generation_status(values), GenerationStatus)
+def test_only_a_model_that_generates_has_slots() -> None:
+    scrape = metrics.parse(METRICS + 'onecard_tokens_total{model="embedder"} 1\n')
+    assert metrics.generation_status(scrape, "embedder") is None
+    assert isinstance(metrics.generation_status(scrape, "writer"), GenerationStatus)

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import re
 import socket
+import ssl
 
 import pytest
 from tritonclient.utils import InferenceServerException
 
 from client import errors
 from client.errors import (
+    AccessDenied,
     ClientError,
     ConnectionLost,
     DeadlineExceeded,
     InvalidInput,
     ModelNotReady,
+    Overloaded,
     QueueFull,
     QueueTimeout,
     ServerFault,
     UnexpectedAnswer,
     UnknownModel,
     Unreachable,
+    Untrusted,
 )
 from client.failures import translate
 
@@ -38,10 +42,16 @@ RECORDED = [
     (triton("Request for unknown model: 'nope' is not found", "404"), UnknownModel),
     (triton("Request for unknown model: 'm' has no available versions", "400"), ModelNotReady),
     (
+        triton("[request id: 1] Server is stopping, scheduler for model has stopped", "UNAVAILABLE"),
+        ModelNotReady,
+    ),
+    (
         triton("Request for unknown model: 'm' has no available versions", "StatusCode.UNAVAILABLE"),
         ModelNotReady,
     ),
     (triton("[request id: a] Exceeds maximum queue size", "StatusCode.UNAVAILABLE"), QueueFull),
+    (triton("Stub process 'm_0_0' is not healthy.", "StatusCode.INTERNAL"), ModelNotReady),
+    (triton("Stub process 'm_0_0' is not healthy.", "500"), ModelNotReady),
     (triton("[request id: a] Exceeds maximum queue size", "503"), QueueFull),
     (triton("Request timeout expired", "StatusCode.UNAVAILABLE"), QueueTimeout),
     (triton("Request timeout expired", "503"), QueueTimeout),
@@ -60,6 +70,37 @@ RECORDED = [
     (ConnectionResetError(104, "Connection reset by peer"), ConnectionLost),
     (BrokenPipeError(32, "Broken pipe"), ConnectionLost),
     (triton("Method Not Allowed", "405"), UnexpectedAnswer),
+    (triton("the queue is full: 9 wait", "503"), QueueFull),
+    (triton("in ensemble 'm', the queue is full: 9 wait", "StatusCode.UNAVAILABLE"), QueueFull),
+    (triton("the wait is too long: about 3 s", "StatusCode.UNAVAILABLE"), QueueFull),
+    (triton("the wait was too long: 2 s", "503"), QueueTimeout),
+    (triton("the model is being unloaded", "StatusCode.UNAVAILABLE"), Overloaded),
+    (
+        triton(
+            "This protocol is restricted, expecting header 'triton-grpc-protocol-k'", "StatusCode.UNAVAILABLE"
+        ),
+        AccessDenied,
+    ),
+    (triton("This API is restricted, expecting header 'k'", "403"), AccessDenied),
+    (triton("a bearer token is needed", "401"), AccessDenied),
+    (triton("Received http2 header with status: 401", "StatusCode.UNAUTHENTICATED"), AccessDenied),
+    (triton("Received http2 header with status: 403", "StatusCode.PERMISSION_DENIED"), AccessDenied),
+    (triton("Received http2 header with status: 413", "StatusCode.UNKNOWN"), InvalidInput),
+    (triton("Received http2 header with status: 429", "StatusCode.UNAVAILABLE"), Overloaded),
+    (triton("too many at once", "429"), Overloaded),
+    (triton("Received http2 header with status: 502", "StatusCode.UNAVAILABLE"), ConnectionLost),
+    (triton("the server is away", "502"), ConnectionLost),
+    (
+        triton(
+            "failed to connect to all addresses; last error: UNKNOWN: ipv4:1.2.3.4:443: "
+            "Ssl handshake failed: SSL_ERROR_SSL: error:1000007d:SSL routines:OPENSSL_internal:"
+            "CERTIFICATE_VERIFY_FAILED: unable to get local issuer certificate",
+            "StatusCode.UNAVAILABLE",
+        ),
+        Untrusted,
+    ),
+    (ssl.SSLCertVerificationError(1, "certificate verify failed: self-signed certificate"), Untrusted),
+    (ssl.SSLError(1, "[SSL: WRONG_VERSION_NUMBER] wrong version number"), UnexpectedAnswer),
     (RuntimeError("something else"), ServerFault),
 ]
 

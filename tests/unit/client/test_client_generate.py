@@ -128,7 +128,7 @@ def test_every_parameter_is_a_tensor_of_its_type(call: Any, server: Any) -> None
         "logprobs": (False, np.bool_, [False]),
         "ignore_eos": (True, np.bool_, [True]),
     }
-    own = {"model", "precision", "request_id", "timeout", "system"}
+    own = {"model", "precision", "priority", "request_id", "timeout", "system"}
     assert given.keys() == GenerateOptions.__annotations__.keys() - own
     call("generate", "a", **{name: value for name, (value, _, _) in given.items()})
     inputs = server.requests[0].inputs

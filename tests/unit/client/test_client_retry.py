@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 from typing import Any
 
 import pytest
@@ -70,7 +72,7 @@ def test_a_request_that_is_not_idempotent_is_not_sent_twice(clock: Any) -> None:
 
 def test_no_time_left_is_a_deadline_and_nothing_is_sent(clock: Any) -> None:
     with pytest.raises(DeadlineExceeded):
-        Attempts(POLICY, clock, clock.now()).remaining()
+        Attempts(POLICY, clock, clock.now()).begin()
 
 
 def test_jitter_shortens_waits_by_at_most_its_share() -> None:
@@ -80,7 +82,43 @@ def test_jitter_shortens_waits_by_at_most_its_share() -> None:
     assert policy.wait(50, 0.0) == policy.maximum
 
 
-@pytest.mark.parametrize("settings", [{"attempts": 0}, {"jitter": 1.5}, {"multiplier": 0.5}, {"initial": -1}])
+def test_a_client_that_is_turned_away_does_not_add_to_the_load(transport: Any, clock: Any) -> None:
+    """Of 50 calls only the first ones are tried again; answers give the right back."""
+    transport.script = [QueueFull("full")] * 200
+    with Client(transport=transport, clock=clock, retry=POLICY) as client:
+
+        def tries() -> int:
+            before = len(transport.requests)
+            with contextlib.suppress(QueueFull):
+                client.classify("good", model="sentiment")
+            return len(transport.requests) - before
+
+        assert [tries() for _ in range(50)] == [4, 4, 2, *[1] * 47]
+        transport.script = []
+        assert [tries() for _ in range(150)] == [1] * 150
+        transport.script = [QueueFull("full")] * 200
+        assert tries() == 4
+
+
+def test_without_a_budget_it_goes_on(transport: Any, clock: Any) -> None:
+    transport.script = [QueueFull("full")] * 100
+    policy = RetryPolicy(attempts=200, initial=0.01, maximum=0.01, budget=math.inf)
+    with Client(transport=transport, clock=clock, retry=policy) as client:
+        client.classify("good")
+    assert len(transport.requests) == 101
+
+
+def test_a_server_that_is_away_costs_no_budget(transport: Any, clock: Any) -> None:
+    transport.script = [Unreachable("no")] * 100
+    policy = RetryPolicy(attempts=200, initial=0.01, maximum=0.01)
+    with Client(transport=transport, clock=clock, retry=policy) as client:
+        client.classify("good")
+    assert len(transport.requests) == 101
+
+
+@pytest.mark.parametrize(
+    "settings", [{"attempts": 0}, {"jitter": 1.5}, {"multiplier": 0.5}, {"initial": -1}, {"budget": 0}]
+)
 def test_impossible_policies_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="not a retry policy"):
         RetryPolicy(**settings)

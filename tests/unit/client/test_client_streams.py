@@ -19,11 +19,13 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import deserialize_bytes_tensor, np_to_triton_dtype, serialize_byte_tensor
 
 from client import errors
+from client.access import Access
 from client.codec import InferReply, InferRequest
 from client.generate import OUTPUTS, Assembly, chat_prompt, parameters, parse_deltas, request_inputs
 from client.transport import Endpoint, open_async_transport, open_transport
 
 TEXT = "".join(fake_llm.WORDS)
+ACCESS = Access("a-token")
 
 
 class Behaviour:
@@ -31,6 +33,8 @@ class Behaviour:
 
     def __init__(self) -> None:
         self.prompts: list[Any] = []
+        self.headers: dict[str, str] = {}
+        self.parameters: dict[str, Any] = {}
         self.left = threading.Event()
 
     def responses(self, inputs: dict[str, Any], alive: Callable[[], bool]) -> Iterator[dict[str, Any]]:
@@ -70,8 +74,12 @@ class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
                 tensor.name: array(tensor.datatype, raw)
                 for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True)
             }
+            self.behaviour.headers = dict(context.invocation_metadata())
+            self.behaviour.parameters = {
+                name: value.int64_param for name, value in request.parameters.items()
+            } | {"id": request.id}
             # It crashes Triton 2.51.
-            assert "triton_grpc_error" not in dict(context.invocation_metadata())
+            assert "triton_grpc_error" not in self.behaviour.headers
             try:
                 for outputs in self.behaviour.responses(inputs, context.is_active):
                     yield service_pb2.ModelStreamInferResponse(infer_response=message(outputs))
@@ -104,6 +112,10 @@ class Handler(BaseHTTPRequestHandler):
         inputs = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert self.path == "/v2/models/m/generate_stream"
         inputs["messages"] = json.loads(inputs["messages"])
+        self.behaviour.headers = {name.lower(): value for name, value in self.headers.items()}
+        self.behaviour.parameters = {
+            name: inputs.pop(name) for name in ("id", "timeout", "onecard_priority") if name in inputs
+        }
         begun = False
         try:
             for outputs in self.behaviour.responses(inputs, lambda: True):
@@ -156,7 +168,7 @@ def endpoint(request: pytest.FixtureRequest, urls: dict[str, str]) -> Endpoint:
 
 def infer_request(text: str, *, stream: bool = True) -> InferRequest:
     inputs = request_inputs(chat_prompt(text, None), parameters({"max_tokens": 9}), stream=stream)
-    return InferRequest(model="m", inputs=inputs, outputs=OUTPUTS, request_id="r", decoupled=True)
+    return InferRequest(model="m", inputs=inputs, outputs=OUTPUTS, request_id="r", priority=2, decoupled=True)
 
 
 @pytest.fixture(params=["sync", "asyncio"])
@@ -164,7 +176,7 @@ def receive(request: pytest.FixtureRequest, endpoint: Endpoint) -> Callable[...,
     """Up to `count` replies; the stream is closed then."""
 
     def sync(text: str, *, count: int = 99, timeout: float = 5.0, stream: bool = True) -> list[InferReply]:
-        transport = open_transport(endpoint)
+        transport = open_transport(endpoint, ACCESS)
         replies = transport.stream(infer_request(text, stream=stream), timeout)
         got = []
         for reply in replies:
@@ -175,7 +187,7 @@ def receive(request: pytest.FixtureRequest, endpoint: Endpoint) -> Callable[...,
         return got
 
     async def go(text: str, count: int, timeout: float, stream: bool) -> list[InferReply]:
-        transport = open_async_transport(endpoint)
+        transport = open_async_transport(endpoint, ACCESS)
         replies = transport.stream(infer_request(text, stream=stream), timeout)
         got = []
         async for reply in replies:
@@ -206,6 +218,13 @@ def test_text_arrives_whole_in_pieces_or_at_once(receive: Any, behaviour: Behavi
     assert (sent["max_tokens"], sent["stream"]) == (9, stream)
 
 
+def test_token_id_priority_and_the_time_left_go_along(receive: Any, behaviour: Behaviour) -> None:
+    receive("text", timeout=5.0)
+    assert behaviour.headers["authorization"] == "Bearer a-token"
+    assert behaviour.headers["x-request-id"] == "r"
+    assert behaviour.parameters == {"id": "r", "timeout": 5_000_000, "onecard_priority": 2}
+
+
 def test_closing_a_stream_is_noticed_by_the_server(receive: Any, behaviour: Behaviour) -> None:
     behaviour.left.clear()
     assert len(receive("endless", count=3)) == 3
@@ -234,8 +253,9 @@ def test_the_limit_is_for_each_wait(receive: Any) -> None:
     [
         ("INVALID_ARGUMENT the prompt has 9 tokens", errors.InvalidInput, errors.InvalidInput),
         ("UNAVAILABLE the queue is full: 9 requests", errors.QueueFull, errors.QueueFull),
-        ("UNAVAILABLE no slot became free within 1 s", errors.QueueTimeout, errors.QueueTimeout),
-        ("UNAVAILABLE the model is being unloaded", errors.ModelNotReady, errors.ModelNotReady),
+        ("UNAVAILABLE the wait is too long: about 9 s", errors.QueueFull, errors.QueueFull),
+        ("UNAVAILABLE the wait was too long: 9 s", errors.QueueTimeout, errors.QueueTimeout),
+        ("UNAVAILABLE the model is being unloaded", errors.Overloaded, errors.Overloaded),
         ("CANCELLED the request was cancelled", errors.Cancelled, errors.Cancelled),
         ("INTERNAL the engine failed on the prompt", errors.ServerFault, errors.ServerFault),
         ("TEXT unexpected inference input 'x'", errors.InvalidInput, errors.InvalidInput),
@@ -256,10 +276,10 @@ def test_what_the_model_says_becomes_its_own_error(
 def test_nobody_there_is_unreachable(url: str) -> None:
     endpoint = Endpoint.parse(url)
     with pytest.raises(errors.Unreachable, match="cannot reach"):
-        next(open_transport(endpoint).stream(infer_request("a"), 5))
+        next(open_transport(endpoint, ACCESS).stream(infer_request("a"), 5))
 
     async def go() -> None:
-        transport = open_async_transport(endpoint)
+        transport = open_async_transport(endpoint, ACCESS)
         try:
             await anext(transport.stream(infer_request("a"), 5))
         finally:
@@ -273,7 +293,7 @@ def test_a_cancelled_task_ends_the_generation(endpoint: Endpoint, behaviour: Beh
     behaviour.left.clear()
 
     async def go() -> None:
-        transport = open_async_transport(endpoint)
+        transport = open_async_transport(endpoint, ACCESS)
         replies = transport.stream(infer_request("endless"), 5)
 
         async def drain() -> None:
@@ -292,7 +312,7 @@ def test_a_cancelled_task_ends_the_generation(endpoint: Endpoint, behaviour: Beh
 
 
 def test_another_thread_ends_a_wait(endpoint: Endpoint) -> None:
-    transport = open_transport(endpoint)
+    transport = open_transport(endpoint, ACCESS)
     replies = transport.stream(infer_request("silent"), 30)
     assert next(replies) is not None
     assert next(replies) is not None
@@ -307,7 +327,7 @@ def test_an_interrupt_ends_the_generation(
     endpoint: Endpoint, behaviour: Behaviour, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     behaviour.left.clear()
-    transport = open_transport(endpoint)
+    transport = open_transport(endpoint, ACCESS)
     replies = transport.stream(infer_request("endless"), 5)
     next(replies)
 

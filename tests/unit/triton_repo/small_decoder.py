@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 from fake_gpu import FakeCudart
 from fake_tensorrt import FakeTensorRT, write_engine
+from llama_checkpoint import Llama, normal
 
 from build_engines.export.decoder import open_decoder, write_decoder
 from build_engines.graphs import fix_dimension
@@ -68,37 +67,5 @@ def write_engine_folder(folder: Path, model: Path, manifest: dict[str, Any], tok
 
 
 def write_checkpoint(folder: Path, vocabulary: int) -> None:
-    from safetensors.numpy import save_file
-
-    narrow = KV_HEADS * HEAD_DIM
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (vocabulary, HIDDEN),
-        "lm_head.weight": (vocabulary, HIDDEN),
-        "model.norm.weight": (HIDDEN,),
-    }
-    for layer in range(LAYERS):
-        base = f"model.layers.{layer}"
-        shapes |= {f"{base}.self_attn.{part}_proj.weight": (HIDDEN, HIDDEN) for part in "qo"}
-        shapes |= {f"{base}.self_attn.{part}_proj.weight": (narrow, HIDDEN) for part in "kv"}
-        shapes |= {f"{base}.mlp.{part}_proj.weight": (FFN, HIDDEN) for part in ("gate", "up")}
-        shapes |= {f"{base}.mlp.down_proj.weight": (HIDDEN, FFN)}
-        shapes |= {f"{base}.{part}_layernorm.weight": (HIDDEN,) for part in ("input", "post_attention")}
-    random = np.random.default_rng(0)
-    weights = {
-        name: (random.standard_normal(shape) * 0.2 + (len(shape) == 1)).astype(np.float32)
-        for name, shape in shapes.items()
-    }
-    folder.mkdir(parents=True)
-    save_file(weights, folder / "model.safetensors")
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": HIDDEN,
-        "intermediate_size": FFN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "vocab_size": vocabulary,
-        "max_position_embeddings": 128,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    sizes = {"layers": LAYERS, "hidden": HIDDEN, "ffn": FFN, "heads": HEADS, "kv_heads": KV_HEADS}
+    Llama(**sizes, vocabulary=vocabulary).write(folder, normal(0, 0.2, mean=1.0))

@@ -14,10 +14,10 @@ from fake_gpu import FakeCudart, Misuse
 from triton_repo.runtime.gpu.cuda import (
     CudaError,
     Device,
+    DeviceInfo,
     DeviceMemoryFull,
     NoDevice,
     cudart,
-    device_count,
     find_device,
 )
 
@@ -51,7 +51,7 @@ def test_the_fake_has_the_real_functions_with_their_arguments() -> None:
 
 def test_the_real_module_takes_the_arguments_that_it_is_given() -> None:
     """Without a driver each of its functions looks at its arguments and returns an error."""
-    if device_count():
+    if isinstance(find_device(), DeviceInfo):
         pytest.skip("this machine has a GPU")
     real, answers = cudart(), dict[str, tuple[Any, ...]]()
 
@@ -101,7 +101,7 @@ def test_bindings_that_raise_where_there_is_no_driver(
 
 
 def test_without_a_driver_there_is_no_gpu_and_a_reason() -> None:
-    if device_count():
+    if isinstance(find_device(), DeviceInfo):
         pytest.skip("this machine has a GPU")
     found = find_device()
     assert isinstance(found, NoDevice)
@@ -112,7 +112,7 @@ def test_without_a_driver_there_is_no_gpu_and_a_reason() -> None:
 
 
 def test_a_device_that_is_not_there(api: FakeCudart) -> None:
-    assert device_count(api=api) == 2
+    assert isinstance(find_device(1, api=api), DeviceInfo)
     found = find_device(2, api=api)
     assert isinstance(found, NoDevice)
     assert "no GPU 2: this process sees 2" in found.reason
@@ -178,6 +178,16 @@ def test_full_memory_names_purpose_promise_and_what_is_free(api: FakeCudart) -> 
             device.array((250, MIB), np.int8, "context")
         device.array((50, MIB), np.int8, "cache")  # the failures cost nothing
     assert api.leaks() == []
+
+
+def test_what_is_taken_is_known_by_purpose(device: Device) -> None:
+    device.array((10,), np.float32, "buffers")
+    cache = device.array((3, 100), np.float16, "cache", zeroed=True)
+    device.array((20,), np.float32, "buffers")
+    device.pinned((1000,), np.float32)  # the host's
+    assert device.taken() == {"buffers": 120, "cache": 600}
+    cache.close()
+    assert device.taken() == {"buffers": 120}
 
 
 def test_other_failures_keep_their_code(device: Device, api: FakeCudart) -> None:

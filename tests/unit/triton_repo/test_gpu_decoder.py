@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +34,7 @@ from build_engines.shapes import read_decoder_shape
 from build_engines.stack import Model
 from triton_repo.runtime.decoder import DecoderEngine
 from triton_repo.runtime.generation import GenerationService
-from triton_repo.runtime.gpu.cuda import CudaError, Device, DeviceMemoryFull
+from triton_repo.runtime.gpu.cuda import CudaError, DeviceMemoryFull
 from triton_repo.runtime.gpu.decoder import GpuDecoder
 from triton_repo.runtime.scheduler import Scheduler
 from triton_repo.runtime.session import EngineRefused
@@ -311,17 +310,9 @@ def test_an_engine_folder_is_opened_on_the_gpu_that_was_asked_for(
     assert not api.misuses
 
 
-def test_it_takes_what_the_plan_counts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: Counter[str] = Counter()
-    allocate = Device.array
-
-    def counted(self: Device, shape: Any, dtype: Any, purpose: str, **options: Any) -> Any:
-        array = allocate(self, shape, dtype, purpose, **options)
-        taken[purpose] += array.nbytes
-        return array
-
-    monkeypatch.setattr(Device, "array", counted)
+def test_it_takes_what_the_plan_counts(folder: Path) -> None:
     gpu = Gpu(folder, rtx=True)
+    taken = gpu.engine._device.taken()
     model = Model(
         name="m", task="generate", source="a/b", slots=SLOTS, max_length=CAPACITY, prefill_chunk=CHUNK
     )

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from triton_repo.runtime.admission import AdmissionQueue, Busy, Limits, read_level
+from triton_repo.runtime.admission import AdmissionQueue, Busy, Limits, _Rate, read_level, read_timeout
 from triton_repo.runtime.texts import BadRequest
 
 
@@ -84,7 +84,7 @@ class Queueing(RuleBasedStateMachine):
             expected.append(self.first()[1])
             self.waiting.remove(self.first())
         assert taken == expected
-        self.queue._learned_work = self.queue._learned_seconds = 0.0
+        self.queue._rate = _Rate(3)
 
     @invariant()
     def same_size(self) -> None:
@@ -147,6 +147,34 @@ def test_an_urgent_request_waits_for_urgent_ones_only() -> None:
     for item in urgent:
         queue.offer(item, level=1)
     assert queue.take(lambda item: True, most=64) == urgent
+
+
+def test_who_is_less_urgent_counts_on_more_urgent_ones_to_come() -> None:
+    """Half of what was taken lately was urgent: what waits behind it takes twice as long."""
+    queues = []
+    for level in (2, 1):
+        clock = Clock()
+        queue: AdmissionQueue[Any] = AdmissionQueue(Limits(max_size=100_000, deadline_s=10.0), clock)
+        for _ in range(20):
+            queue.offer(object())
+        for _ in range(10):
+            for _ in range(5):
+                queue.offer(object())
+                queue.offer(object(), level=level)
+            queue.take(lambda item: True, most=10)
+            clock.now += 0.1
+        fill(queue)
+        queues.append(len(queue))
+    assert 0.4 * queues[0] < queues[1] < 0.65 * queues[0]
+
+
+def test_a_batch_takes_no_longer_than_it_may() -> None:
+    clock = Clock()
+    queue: AdmissionQueue[Any] = AdmissionQueue(Limits(), clock)
+    busy(clock, queue, seconds=0.1, batch=10)
+    assert len(queue.take(lambda item: True, seconds=0.045)) == 4
+    queue.offer("large", work=50, level=1)
+    assert queue.take(lambda item: True, seconds=0.045) == ["large"]
 
 
 def test_a_request_s_own_timeout_is_its_deadline() -> None:
@@ -212,3 +240,16 @@ def test_priorities_are_read(given: str, level: int) -> None:
 def test_priorities_that_are_none(value: str) -> None:
     with pytest.raises(BadRequest, match=r"'onecard_priority' is .*; 1 is the most urgent"):
         read_level(f'{{"onecard_priority": {value}}}')
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"), [("", math.inf), ('{"timeout": 2500000}', 2.5), ('{"timeout": 0}', math.inf)]
+)
+def test_timeouts_are_read(given: str, seconds: float) -> None:
+    assert read_timeout(given) == seconds
+
+
+@pytest.mark.parametrize("value", ["-1", "1.5", '"soon"', "true", "null"])
+def test_timeouts_that_are_none(value: str) -> None:
+    with pytest.raises(BadRequest, match=r"'timeout' is .*; it is in whole microseconds"):
+        read_timeout(f'{{"timeout": {value}}}')

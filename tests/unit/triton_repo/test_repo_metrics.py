@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import pairwise
 from typing import Any
 
@@ -62,6 +63,20 @@ def test_differences_are_sent_and_what_rests_is_not() -> None:
     assert requests.made["failed"].calls == 0, "it is there, with 0"
     queue = triton.families["onecard_queue_requests"]
     assert (queue.kind, queue.made[""].value, queue.made[""].calls) == ("gauge", 0, 2)
+    reported = triton.families["onecard_reported_timestamp_seconds"].made[""]
+    assert (reported.calls, reported.value) == (3, pytest.approx(time.time(), abs=5))
+
+
+def test_whoever_reads_in_between_finds_cumulative_buckets() -> None:
+    triton = fake_triton()
+    publisher = Publisher(triton, {"model": "m"})
+    publisher.publish({"queue_seconds_bucket": {"1": 0, "2": 0, "+Inf": 0}})
+    made = triton.families["onecard_queue_seconds_bucket"].made
+    order: list[str] = []
+    for label, metric in made.items():
+        metric.increment = lambda amount, label=label: order.append(label)
+    publisher.publish({"queue_seconds_bucket": {"1": 5, "2": 6, "+Inf": 7}})
+    assert order == ["+Inf", "2", "1"]
 
 
 def test_a_failure_to_publish_is_logged_without_its_text_and_tried_again(

@@ -220,9 +220,9 @@ def test_a_written_repository_has_what_each_step_needs(tmp_path: Path, wordpiece
         for name in ("m", "m_engine", "m_tokenize")
     }
     assert found == {
-        "m": set(),
-        "m_engine": {"engine.onnx", "manifest.json"},
-        "m_tokenize": {"manifest.json", "tokenizer.json", "model.py", "triton_repo"},
+        "m": {"digests.json"},
+        "m_engine": {"engine.onnx", "manifest.json", "digests.json"},
+        "m_tokenize": {"manifest.json", "tokenizer.json", "model.py", "triton_repo", "digests.json"},
     }
     assert fingerprint(repository / "m_tokenize" / "1" / "triton_repo" / "runtime") == fingerprint()
     assert (repository / "m_tokenize" / "warmup" / "text").is_file()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from triton_repo.runtime import tokenization
 from triton_repo.runtime.tokenization import TextTokenizer, TokenizerRefused, bounded, longest_first
@@ -90,12 +90,27 @@ def test_longest_first_fills_the_room(first: int, second: int, room: int) -> Non
 def test_a_cut_text_is_a_prefix_within_the_limit(text: str, limit: int) -> None:
     cut = bounded(text, limit)
     assert text.startswith(cut)
-    assert len(cut) <= max(limit, len(cut) if len(text) <= limit else limit)
+    # Longer only where there is no white space to cut at.
+    assert len(cut) <= limit or not any(space in text[limit // 2 : len(cut)] for space in " \t\n\r")
 
 
 def test_a_cut_falls_on_white_space() -> None:
     assert bounded("aaaa bbbb cccc", 12) == "aaaa bbbb"
-    assert bounded("a" * 40, 12) == "a" * 12
+    assert bounded("a" * 40 + " b", 12) == "a" * 40
+    assert bounded("a" * 40, 12) == "a" * 40
+    assert len(bounded("a" * 900_000, 12)) == tokenization.READ_CHARACTERS
+
+
+def test_a_long_word_has_the_tokens_of_the_whole_of_it(tmp_path: Path) -> None:
+    """Found by fuzzing: cut inside, "aaa..." was divided into other tokens from its start."""
+    pieces = [("<unk>", 0.0), ("▁", -2.0), ("a", -5.0), ("aa", -5.5), ("aaa", -6.0)]
+    model = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
+    model.pre_tokenizer = pre_tokenizers.Metaspace()
+    model.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = TextTokenizer(tmp_path / "tokenizer.json", max_length=MAX_LENGTH)
+    for length in (2301, 2302, 2303, 5000):
+        text = "a" * length
+        assert tokenizer.singles([text])[0].ids == model.encode(text).ids[:MAX_LENGTH]
 
 
 @pytest.mark.parametrize(

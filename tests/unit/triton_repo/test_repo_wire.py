@@ -68,7 +68,8 @@ def test_values_arrive_as_they_were_sent() -> None:
 
 def test_a_stream_is_the_default() -> None:
     assert read_fields({"text": raw("a")}, "") == ({"text": b"a"}, True)
-    assert read_fields({"text": raw("a")}, '{"id": "7"}') == ({"text": b"a"}, True)
+    parameters = '{"id": "7", "timeout": 5, "onecard_priority": 1}'
+    assert read_fields({"text": raw("a")}, parameters) == ({"text": b"a"}, True)
 
 
 @pytest.mark.parametrize(

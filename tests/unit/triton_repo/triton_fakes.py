@@ -60,6 +60,9 @@ class Request:
     def timeout(self) -> int:
         return self._timeout_us
 
+    def request_id(self) -> str:
+        return "r-1"
+
 
 class _Tensor:
     def __init__(self, name: str, value: Any) -> None:
@@ -116,9 +119,15 @@ def fake_triton() -> ModuleType:
     module.TRITONSERVER_RESPONSE_COMPLETE_FINAL = FINAL
     module.TritonError, module.TritonModelException = TritonError, TritonModelException
     module.log = []
-    module.Logger = type("Logger", (), {"log_error": staticmethod(module.log.append)})
+    names = ("log_info", "log_error")
+    module.Logger = type("Logger", (), dict.fromkeys(names, staticmethod(module.log.append)))
     module.Tensor = lambda name, value: (name, value)
     module.families = {}
+
+    def input_tensor(request: Request, name: str) -> _Tensor | None:
+        return next((tensor for tensor in request.inputs() if tensor.name() == name), None)
+
+    module.get_input_tensor_by_name = input_tensor
 
     def family(**fields: Any) -> MetricFamily:
         return module.families.setdefault(fields["name"], MetricFamily(**fields))

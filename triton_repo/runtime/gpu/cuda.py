@@ -68,19 +68,11 @@ class NoDevice:
 
 
 def find_device(index: int = 0, *, api: Any = None) -> DeviceInfo | NoDevice:
-    """What GPU `index` is, or why there is none. Allocates nothing on it and never raises."""
+    """What GPU `index` is for this process, or why it has none. Allocates nothing there, never raises."""
     try:
         return _describe(_Calls(api or cudart()), index)
     except CudaError as error:
         return NoDevice(str(error))
-
-
-def device_count(*, api: Any = None) -> int:
-    """GPUs that this process can use; 0 without a driver (`find_device` says why)."""
-    try:
-        return int(_Calls(api or cudart())("cudaGetDeviceCount"))
-    except CudaError:
-        return 0
 
 
 def cudart() -> Any:
@@ -154,8 +146,11 @@ def _version(number: int) -> str:
 class DeviceArray:
     """Memory on the device. Unless it was zeroed its content is undefined until something is copied to it."""
 
-    def __init__(self, device: Device, address: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
+    def __init__(
+        self, device: Device, address: int, shape: tuple[int, ...], dtype: npt.DTypeLike, purpose: str
+    ) -> None:
         self.address = address
+        self.purpose = purpose
         self.shape = shape
         self.dtype = np.dtype(dtype)
         self.nbytes = math.prod(shape) * self.dtype.itemsize
@@ -251,11 +246,19 @@ class Device:
             if error.code != "cudaErrorMemoryAllocation":
                 raise
             raise self._full(nbytes, purpose) from error
-        array = DeviceArray(self, address, shape, dtype)
+        array = DeviceArray(self, address, shape, dtype, purpose)
         self._closers[array] = lambda: self._call("cudaFree", address)
         if zeroed:
             self._call("cudaMemsetAsync", address, 0, nbytes, self.stream)
         return array
+
+    def taken(self) -> dict[str, int]:
+        """Bytes of the arrays that are allocated now, by purpose; not what a library took by itself."""
+        found: dict[str, int] = {}
+        for array in self._closers:
+            if isinstance(array, DeviceArray):
+                found[array.purpose] = found.get(array.purpose, 0) + array.nbytes
+        return found
 
     def require(self, nbytes: int, purpose: str) -> None:
         """Raise DeviceMemoryFull unless `nbytes` are free, for a library that allocates by itself."""
