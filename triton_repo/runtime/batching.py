@@ -188,7 +188,10 @@ class Batcher:
         here = [ticket for ticket in batch if not self._has_left(ticket, started)]
         for ticket in here:
             self._tally.queue.observe(started - ticket.arrived)
-        for ticket, answer in zip(here, self._answers(here), strict=True):
+        answers = self._answers(here)
+        with self._changed:
+            self._queue.served(sum(map(self._work, here)), self._clock() - started)
+        for ticket, answer in zip(here, answers, strict=True):
             self._end(ticket, answer)
 
     def _answers(self, tickets: Sequence[Ticket]) -> list[Answer]:

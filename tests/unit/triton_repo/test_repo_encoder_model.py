@@ -17,7 +17,7 @@ from triton_fakes import Request, TritonModelException, fake_triton
 
 from build_engines.stack import Queue
 from triton_repo.encoders import queue_parameters
-from triton_repo.runtime import encode, fingerprint, service
+from triton_repo.runtime import encode, fingerprint, probe, service
 from triton_repo.runtime.session import EngineRefused
 from triton_repo.runtime.texts import BadRequest
 
@@ -79,6 +79,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", fake_triton())
     monkeypatch.setattr(encode, "Encoder", Engine)
     monkeypatch.setattr(service, "EncoderService", Echo)
+    monkeypatch.setattr(probe, "probe_encoder", lambda encoder, folder: None)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     Engine.opened, Engine.closed = [], False
