@@ -75,6 +75,7 @@ _NOT_READY = (
     ("no available versions", ""),
     ("is not ready", ""),
     ("is not healthy", "the model's process has ended"),
+    ("server is stopping", ""),
 )
 
 # Python's words first, then those of gRPC's library.

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from build_engines.errors import ServerError
 from triton_repo.repository import uses_cache
-from triton_repo.server import ServerOptions
+from triton_repo.running import ADMIN_HEADER, ADMIN_NAME
+from triton_repo.server import RESTRICTED, ServerOptions
 from triton_repo.versions import served_versions
 
 # Python 3.12 inside, which the served runtime needs (3.11 or newer), and TensorRT 11.
@@ -49,6 +50,13 @@ def docker_command(repository: Path, options: ServerOptions, image: str | None =
         *([f"--cache-config=local,size={options.cache_mib << 20}"] if uses_cache(repository) else []),
     ]
     install = ["pip", "install", "--quiet", *_requirements(manifests)]
+    # A key that nobody has: these APIs are closed there.
+    key = "$(python3 -c 'import secrets; print(secrets.token_urlsafe(32))')"
+    apis = ",".join(RESTRICTED)
+    closed = (
+        f'key="{key}" && exec {shlex.join(inside)} "--http-restricted-api={apis}:{ADMIN_HEADER}=$key"'
+        f' "--grpc-restricted-protocol={apis}:{ADMIN_NAME}=$key"'
+    )
     return [
         *("docker", "run", "--rm", "--init"),
         "--security-opt=no-new-privileges",
@@ -61,7 +69,7 @@ def docker_command(repository: Path, options: ServerOptions, image: str | None =
         *(("-e", f"ONECARD_CACHE_DIR={_CACHE}", "-v", f"onecard-cache:{_CACHE}") if gpu else ()),
         *("-v", f"{repository}:/models:ro"),
         image,
-        *("bash", "-c", f"{shlex.join(install)} && exec {shlex.join(inside)}"),
+        *("bash", "-c", f"{shlex.join(install)} && {closed}"),
     ]
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _STUB = b"triton_python_backend_stub"
+_NAME_LENGTH = 15  # of a process, as the kernel keeps it
 # Triton collects what ends because a model is unloaded within milliseconds, and what crashed never.
 _CRASHED_AFTER_S = 0.5
 # But one that dies while its version is being loaded it finds out about, and collects: in a second.
@@ -44,10 +45,16 @@ class ModelProcesses:
         self._ended: dict[int, float] = {}
         self._folders: dict[int, Path | None] = {}  # of their versions
 
+    def find(self) -> None:
+        """Learn which process is whose: of one that has died nobody can tell any more."""
+        for pid in _children(self._server):
+            if pid not in self._models and (model := _model(pid)):
+                self._models[pid] = model
+
     def crashed(self) -> DeadModel | None:
         """The first that crashed half a second ago or more, if any; two seconds, where its version is not the
         one that is to be served. Ask several times a second."""
-        self._find()
+        self.find()
         now = time.monotonic()
         for pid, model in list(self._models.items()):
             state = _state(pid)
@@ -65,13 +72,8 @@ class ModelProcesses:
 
     def running(self) -> bool:
         """Whether any still runs."""
-        self._find()
+        self.find()
         return any((state := _state(pid)) and state[0] != "Z" for pid in self._models)
-
-    def _find(self) -> None:
-        for pid in _children(self._server):
-            if pid not in self._models and (model := _model(pid)):
-                self._models[pid] = model
 
 
 def how_it_ended(code: int) -> str:
@@ -121,8 +123,12 @@ def _model(pid: int) -> str | None:
     """The model that a process of the Python backend runs; None for another process."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        name = Path(f"/proc/{pid}/comm").read_bytes().rstrip()
     except OSError:
         return None
+    if words == [b""] and name == _STUB[:_NAME_LENGTH]:
+        # It died before anybody looked at it.
+        return "?"
     if len(words) < 2 or os.path.basename(words[0]) != _STUB:
         return None
     # <repository>/<model>/<version>/model.py

@@ -7,6 +7,7 @@ with Server(Path("build/demo/repository"), ServerOptions(free_ports=True)) as se
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import secrets
@@ -33,8 +34,11 @@ from triton_repo.running import Running
 
 _POLL_S = 0.05
 _ATTEMPTS = 4
+_CONTROL_S = 2.0
 # Triton 2.51 that reaches its own exit timeout may crash and hang instead of ending, so we are there first.
 _TRITON_LATER_S = 5
+# Where a model has died, those that live cannot be told from it by whether Triton still waits for requests.
+_DRAIN_BESIDE_A_DEAD_MODEL_S = 3.0
 # What changes the server or writes where its caller says: these need the admin key. Health, metadata, model
 # configurations, inference, statistics and metrics stay open.
 RESTRICTED = ("model-repository", "shared-memory", "trace", "logging")
@@ -173,6 +177,8 @@ class Server:
                 self._launch(installation)
                 if self._until_ready(progress, retry=free_ports and attempt + 1 < _ATTEMPTS):
                     self._record()
+                    if self._processes:
+                        self._processes.find()
                     return
                 self._end_process(0)
         except BaseException:
@@ -305,7 +311,6 @@ class Server:
         if process is None:
             return
         if process.poll() is None and within_s > 0:
-            process.terminate()
             self._drain(process, within_s)
         # The group holds the Python backend's processes too; what still runs is not going to stop by itself.
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -318,10 +323,28 @@ class Server:
         self._process = self._processes = None
 
     def _drain(self, process: subprocess.Popen[bytes], within_s: float) -> None:
-        """Until it has ended, or nothing is left that could answer: Triton looks only once a second whether
-        its models have ended, and waits for one that died with requests in flight until its time is up."""
+        """Until nothing is left that could answer. By itself Triton goes on taking requests while a
+        connection over HTTP is open, idle or not, and waits for a model that died with requests in flight."""
+        if self._processes and self._processes.crashed():
+            within_s = min(within_s, _DRAIN_BESIDE_A_DEAD_MODEL_S)
         deadline = time.monotonic() + within_s
+        if self._in_python:
+            self._unload_all()
+        process.terminate()
         while time.monotonic() < deadline and process.poll() is None:
             if self._in_python and self._processes and not self._processes.running():
                 return
             time.sleep(_POLL_S)
+
+    def _unload_all(self) -> None:
+        """Have every model end with the last request it has taken. A server that cannot be asked is stopped
+        all the same."""
+        with contextlib.suppress(OSError, ValueError):
+            for model in json.loads(self._control("index")):
+                self._control(f"models/{model['name']}/unload")
+
+    def _control(self, what: str) -> bytes:
+        url = f"http://{self.urls['http']}/v2/repository/{what}"
+        request = urllib.request.Request(url, b"{}", dict([self.admin_header]))
+        with urllib.request.urlopen(request, timeout=_CONTROL_S) as answer:
+            return bytes(answer.read())

@@ -19,8 +19,6 @@ from dataclasses import dataclass, field
 from build_engines.errors import ServerError
 from triton_repo.server import Server
 
-# A request in flight at a model that still lives gets this long before the server is started again.
-_DRAIN_S = 3.0
 _HEALTH_EVERY_S = 1.0
 
 
@@ -106,7 +104,7 @@ class Supervisor:
         """Start the server again. Raises ServerError, with what the log says, when the budget is spent."""
         noticed = time.monotonic()
         # Nobody waits for a server that does not even say that it lives.
-        self.server.stop(_DRAIN_S if self.server.answers() else 0)
+        self.server.stop(None if self.server.answers() else 0)
         while True:
             delay = self._budget.crashed(time.monotonic())
             if delay is None:

@@ -6,9 +6,11 @@ monotonic clock alone.
 
 from __future__ import annotations
 
-import json
+import datetime
 import os
+import re
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,10 +42,16 @@ def offset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 
 def server_clock(server: Server) -> float:
-    """How far the server's clock is off, as it dates its last inference."""
-    with urllib.request.urlopen(f"http://{server.urls['http']}/v2/models/vector/stats", timeout=10) as answer:
-        stamp: int = json.loads(answer.read())["model_stats"][0]["last_inference"]
-    return stamp / 1000 - time.time()
+    """How far the server's clock is off, as it dates what it logs: here, that it cannot load a model."""
+    request = urllib.request.Request(
+        f"http://{server.urls['http']}/v2/repository/models/none/load", b"{}", dict([server.admin_header])
+    )
+    with pytest.raises(urllib.error.HTTPError):
+        urllib.request.urlopen(request, timeout=10)
+    (*_, last) = re.findall(r"^E(\d{4} \d\d:\d\d:\d\d)", server.log.read_text(), re.MULTILINE)
+    now = datetime.datetime.now(datetime.UTC)
+    there = datetime.datetime.strptime(f"{now.year}{last}+0000", "%Y%m%d %H:%M:%S%z")
+    return (there - now).total_seconds()
 
 
 def test_no_answer_and_no_deadline_follows_the_wall_clock(

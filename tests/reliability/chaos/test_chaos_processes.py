@@ -119,9 +119,7 @@ def test_a_killed_server_tells_its_clients(talk_repository: Path, tmp_path: Path
         with Work(url, retry=ONCE) as work:
             client = Client(url, retry=ONCE)
             thread, stream = in_thread(
-                lambda: list(
-                    client.generate_stream("noodles", max_tokens=4000, ignore_eos=True, model="talk")
-                )
+                lambda: list(client.stream("noodles", max_tokens=4000, ignore_eos=True, model="talk"))
             )
             time.sleep(0.3)
             killed = time.monotonic()

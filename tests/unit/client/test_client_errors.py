@@ -42,6 +42,10 @@ RECORDED = [
     (triton("Request for unknown model: 'nope' is not found", "404"), UnknownModel),
     (triton("Request for unknown model: 'm' has no available versions", "400"), ModelNotReady),
     (
+        triton("[request id: 1] Server is stopping, scheduler for model has stopped", "UNAVAILABLE"),
+        ModelNotReady,
+    ),
+    (
         triton("Request for unknown model: 'm' has no available versions", "StatusCode.UNAVAILABLE"),
         ModelNotReady,
     ),

@@ -71,6 +71,18 @@ def test_a_killed_model_is_named_within_a_second(
     assert time.monotonic() - killed > 0.4
 
 
+def test_a_model_that_died_before_anybody_looked_is_noticed_all_the_same(
+    server: tuple[subprocess.Popen[str], int, int],
+) -> None:
+    process, first, _ = server
+    os.kill(first, signal.SIGKILL)
+    time.sleep(0.1)
+    models = ModelProcesses(process.pid)
+    assert models.crashed() is None
+    time.sleep(0.6)
+    assert models.crashed() == DeadModel("?", "signal SIGKILL")
+
+
 def test_an_unloaded_model_is_no_crash_and_then_nothing_runs(
     server: tuple[subprocess.Popen[str], int, int],
 ) -> None:

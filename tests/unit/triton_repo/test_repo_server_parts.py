@@ -20,7 +20,7 @@ from build_engines.stack import load_stack
 from triton_repo import installation, ports, server_log, shared_memory
 from triton_repo.cli import main
 from triton_repo.container import IMAGE, LLM_IMAGE, docker_command
-from triton_repo.log_file import LogFile
+from triton_repo.running import ADMIN_HEADER, ADMIN_NAME
 from triton_repo.server import Server, ServerOptions
 from triton_repo.writer import write_repository
 
@@ -175,6 +175,9 @@ def test_the_container_command_pins_what_built_the_engines(repository: Path) -> 
     assert f"{repository}:/models:ro" in words
     assert "onnxruntime==1.31.1" in words[-1]
     assert "--gpus" not in words
+    subprocess.run(["bash", "-n", "-c", words[-1]], check=True)
+    for kind, name in (("http-restricted-api", ADMIN_HEADER), ("grpc-restricted-protocol", ADMIN_NAME)):
+        assert f'"--{kind}=model-repository,shared-memory,trace,logging:{name}=$key"' in words[-1]
 
 
 @pytest.mark.parametrize(
@@ -210,14 +213,6 @@ def test_every_command_has_an_example(command: list[str]) -> None:
     result = CliRunner().invoke(main, [*command, "--help"])
     assert result.exit_code == 0
     assert "Example" in result.output
-
-
-def test_a_log_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> None:
-    (tmp_path / "repository" / "model").mkdir(parents=True)
-    (tmp_path / "repository" / "model" / "config.pbtxt").write_text('name: "model"\n')
-    (tmp_path / "file").touch()
-    with pytest.raises(ServerError, match="--log"):
-        LogFile(tmp_path / "file" / "server.log", "text")
 
 
 def test_a_missing_gpu_is_said_in_plain_words() -> None:
