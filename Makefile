@@ -16,7 +16,7 @@ ON_GPU := $(BIN)/python
 GPU_SETUP := setup
 endif
 
-.PHONY: help setup demo engines serve bench bench-llm flagship test fuzz test-gpu bench-gpu lint clean
+.PHONY: help setup demo engines serve bench bench-llm flagship test soak chaos fuzz test-gpu bench-gpu lint clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -69,7 +69,16 @@ flagship: setup ## a random EEVE-shaped 10.8 B model to an INT8 TensorRT-RTX eng
 test: setup ## run all tests
 	@$(BIN)/python -m pytest
 
-SECONDS ?= 60
+chaos: setup ## kill, stop, fill and corrupt what a served stack needs, and measure what its clients see (5 minutes)
+	@$(BIN)/python -m pytest tests/reliability/chaos -s
+
+OVERLOAD_SECONDS ?= 120
+soak: SECONDS ?= 1800
+soak: setup ## overload for OVERLOAD_SECONDS (120), then a mixed load for SECONDS (1800); figures in build/reliability
+	@ONECARD_OVERLOAD_SECONDS=$(OVERLOAD_SECONDS) ONECARD_SOAK_SECONDS=$(SECONDS) \
+	  $(BIN)/python -m pytest tests/reliability/load -s
+
+fuzz: SECONDS ?= 60
 fuzz: setup ## fuzz every target in tests/fuzz for SECONDS (60) each; where atheris has no wheel, by hypothesis
 	@$(PIP) install -c constraints.txt -e ".[fuzz]" 2>/dev/null || true
 	@$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS)

@@ -23,13 +23,22 @@ def replaced_folder(out: Path, ours: str | None = None) -> Iterator[Path]:
 
     `ours` is for folders that users name: a pattern that every folder of the kind has a match of. One without
     is somebody's own, and neither it nor a file is replaced: ArtifactError.
+    """
+    if ours:
+        _require_ours(out, ours)
+    with folder_aside(out) as aside:
+        yield aside
+        _swap(aside, out.absolute())
+
+
+@contextlib.contextmanager
+def folder_aside(out: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `out`, which nobody else writes meanwhile; it is removed at the end.
 
     A lock beside `out` keeps a second writer away; the kernel frees it when its holder dies, so whatever a
     killed run left aside is known to be rubbish and is removed by the next run.
     """
     out = out.absolute()
-    if ours:
-        _require_ours(out, ours)
     out.parent.mkdir(parents=True, exist_ok=True)
     with locked(out.parent / f".{out.name}.lock", f"{out} is being written by another process"):
         for leftover in out.parent.glob(f".{out.name}.aside-*"):
@@ -38,7 +47,6 @@ def replaced_folder(out: Path, ours: str | None = None) -> Iterator[Path]:
         aside.mkdir()
         try:
             yield aside
-            _swap(aside, out)
         finally:
             with contextlib.suppress(OSError):
                 _remove(aside)

@@ -54,6 +54,7 @@ LAYERS: list[dict[str, tuple[str, ...]]] = [
     },
     {
         "fallback": ("fallback",),
+        "golden": ("golden",),
         "streaming": ("decoder_reference", "decoder_sensitivity", "decoder_stream", "decoder_texts"),
         "inspection": ("digests", "inspection", "gpu_here"),
         "console": ("console",),
@@ -78,6 +79,8 @@ ACROSS: dict[str, set[str]] = {
     "triton_repo": {"build_engines.errors", "build_engines.stack"},
     "triton_repo.doctor": {"build_engines.errors", "build_engines.findings", "build_engines.stack"},
     "triton_repo.running": {"build_engines.atomic", "build_engines.errors"},
+    "triton_repo.deploy": {"build_engines.atomic", "build_engines.errors", "build_engines.stack"},
+    "triton_repo.summary": {"build_engines.atomic", "build_engines.stack", "calibration.samples"},
     "triton_repo.writer": {
         "build_engines.atomic",
         "build_engines.errors",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from build_engines.errors import OnecardError, ServerError
+from triton_repo.cli_deploy import deploy, repository_of, rollback
 from triton_repo.container import IMAGE, docker_command
 from triton_repo.ports import Ports
 from triton_repo.server import Server, ServerOptions
@@ -168,7 +169,7 @@ def serve(repository: Path, command: tuple[str, ...], supervise: bool, as_json: 
         log_format=options["log_format"],
         binary=options["tritonserver"],
     )
-    server = Server(_repository(repository), server_options)
+    server = Server(repository_of(repository), server_options)
     keeper = _supervisor(server, as_json=as_json) if supervise else None
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -199,15 +200,7 @@ def container(repository: Path, image: str | None, **options: Any) -> None:
     """
     ports = Ports(options["http_port"], options["grpc_port"], options["metrics_port"])
     chosen = ServerOptions(host=options["host"], ports=ports)
-    click.echo(shlex.join(docker_command(_repository(repository), chosen, image)))
-
-
-def _repository(path: Path) -> Path:
-    if path.is_dir():
-        return path
-    from build_engines.stack import load_stack
-
-    return load_stack(path).build_dir / "repository"
+    click.echo(shlex.join(docker_command(repository_of(repository), chosen, image)))
 
 
 def _start(server: Server) -> None:
@@ -314,6 +307,9 @@ def _run_command(server: Server, command: tuple[str, ...], keeper: Supervisor | 
 def _terminate(signum: int, frame: object) -> None:
     raise _Terminated
 
+
+main.add_command(deploy)
+main.add_command(rollback)
 
 if __name__ == "__main__":
     main()

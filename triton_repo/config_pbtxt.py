@@ -81,7 +81,7 @@ class ConfigSpec:
     """Everything config.pbtxt says about one model; without `engine` and `steps` the Python backend runs it.
 
     `decoupled`: it answers a request with any number of responses. `max_batch` 0: tensors have no batch
-    dimension, and requests are never batched by Triton.
+    dimension, and requests are never batched by Triton. `version` names the one folder that is served.
     """
 
     name: str
@@ -97,6 +97,7 @@ class ConfigSpec:
     parameters: Mapping[str, str] = field(default_factory=dict)
     engine: EngineSpec | None = None
     steps: tuple[StepSpec, ...] = ()
+    version: int = 1
 
 
 def to_message(spec: ConfigSpec) -> Any:
@@ -104,6 +105,7 @@ def to_message(spec: ConfigSpec) -> Any:
     from tritonclient.grpc import model_config_pb2 as pb
 
     message = pb.ModelConfig(name=spec.name, max_batch_size=spec.max_batch)
+    message.version_policy.specific.versions.append(spec.version)
     _add_tensors(pb, message, spec)
     if spec.steps:
         _add_steps(message, spec)

@@ -9,8 +9,9 @@ from importlib import metadata
 from pathlib import Path
 
 from build_engines.errors import ServerError
-from triton_repo.repository import served_models, uses_cache
+from triton_repo.repository import uses_cache
 from triton_repo.server import ServerOptions
+from triton_repo.versions import served_versions
 
 # Python 3.12 inside, which the served runtime needs (3.11 or newer), and TensorRT 11.
 IMAGE = "nvcr.io/nvidia/tritonserver:26.08-py3"
@@ -74,7 +75,7 @@ def _published(options: ServerOptions) -> list[str]:
 
 def _manifests(repository: Path) -> dict[Path, dict[str, object]]:
     """By version folder; an ensemble has none."""
-    folders = [repository / name / "1" for name in served_models(repository)]
+    folders = [model.path(model.version) for model in served_versions(repository)]
     return {folder: _manifest(folder) for folder in folders if (folder / "manifest.json").exists()}
 
 

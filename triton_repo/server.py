@@ -215,6 +215,8 @@ class Server:
             f"--model-repository={self.repository}",
             "--model-control-mode=explicit",
             "--load-model=*",
+            # Or a version that is loading, or answers its last requests, would make the whole server unready.
+            "--strict-readiness=false",
             f"--http-restricted-api={apis}:{running.ADMIN_HEADER}={self._key}",
             f"--grpc-restricted-protocol={apis}:{running.ADMIN_NAME}={self._key}",
             f"--http-address={host}",

@@ -10,6 +10,7 @@ from triton_repo import json_log
 
 _LOADED = re.compile(r"successfully loaded '([^']+)'")
 _FAILED = re.compile(r"failed to load '([^']+)' version \d+: (.*)")
+_STATE = re.compile(r"version \d+ is at UNAVAILABLE state: (.*)", re.DOTALL)
 _CONFIG = re.compile(r"Poll failed for model directory '([^']+)': (.*)|failed to poll.*'([^']+)': (.*)")
 _PORT_TAKEN = re.compile(r"failed to start (\w+) service: .*in use", re.IGNORECASE)
 _ERROR = re.compile(r"^(?:E\d{4} .*?\] |error: )(.*)$", re.MULTILINE)
@@ -49,6 +50,12 @@ def port_taken(log: str) -> bool:
 def last_errors(log: str, count: int = 5) -> list[str]:
     """The last error lines, for when no reason was recognised."""
     return [_first_part(line) for line in _ERROR.findall(log)][-count:]
+
+
+def reason_of(message: str) -> str:
+    """What a failed load request says, without what Triton puts around it."""
+    found = _STATE.search(message)
+    return _first_part((found[1] if found else message).split("\n\nAt:")[0].rstrip().rstrip(";"))
 
 
 def _plain(line: str) -> str:

@@ -4,45 +4,40 @@
     <repository>/<Triton model>/warmup/<tensor>
     <repository>/<Triton model>/1/model.py, manifest.json, engine, tokenizer and chat template (hard links)
     <repository>/<Triton model>/1/triton_repo/__init__.py, runtime/**/*.py
+    <repository>/<Triton model>/1/config.pbtxt, served.json: what this version was written with
     <repository>/<Triton model>/1/digests.json: of all these
 
-An encoder in the native layout is several Triton models (triton_repo.native).
+`triton-repo deploy` adds versions 2, 3, ... (triton_repo.deploy). An encoder in the native layout is several
+Triton models (triton_repo.native).
 
 Beside it: stack.json, which tells the client what is served, and evaluation/<model>.jsonl.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from build_engines.atomic import link_or_copy, replaced_folder, write_text
-from build_engines.errors import ArtifactError, OnecardError, RepositoryError
-from build_engines.stack import Model, Stack, compiles
-from triton_repo.config_pbtxt import render, to_message
+from build_engines.errors import RepositoryError, ServerError
+from build_engines.stack import Stack
+from triton_repo.config_pbtxt import parse, render, to_message
 from triton_repo.encoders import WARMUP_FILE, encoder_spec, warmup_bytes
+from triton_repo.engine_entries import Entry, find_entries
 from triton_repo.generators import generator_spec, warmup_files
 from triton_repo.native import check_native, native_parts
+from triton_repo.running import read_running
 from triton_repo.runtime import fingerprint
-from triton_repo.runtime.seal import RECORD, sealed, sealed_files
-from triton_repo.runtime.session import EngineRefused, check_files, read_manifest
+from triton_repo.runtime.seal import RECORD, sealed
+from triton_repo.summary import now, served_record, write_evaluation, write_summary
+from triton_repo.versions import CONFIG, SERVED, ServedModel, served_versions, version_of
 
 _PACKAGE = Path(__file__).parent
-_BUILD_AGAIN = "build it again: build-engines build STACK"
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One model of the repository: a finished engine under its Triton name."""
-
-    name: str
-    model: Model
-    folder: Path
-    manifest: dict[str, Any]
 
 
 def write_repository(
@@ -55,39 +50,52 @@ def write_repository(
 
     Raises:
         ArtifactError: an engine is missing or altered, or `out` holds something else.
-        RepositoryError: an engine cannot be served so, or the repository cannot be written.
+        RepositoryError: an engine cannot be served so, a server runs on `out`, or it cannot be written.
     """
-    others = [model for model in stack.models.values() if model.target is None]
-    if others and target not in stack.targets:
-        raise RepositoryError(
-            f"{stack.path}: targets names {', '.join(stack.targets)}, not {target}",
-            next_step=f'write --target {stack.targets[0]}, or add "{target}" to targets and build it',
-        )
+    _refuse_served(out)
     if native:
         for model in stack.models.values():
             if model.task != "generate":
                 check_native(model, target)
-    entries = [entry for model in stack.models.values() for entry in _entries(model, engines_dir, target)]
-    if not entries:
-        raise RepositoryError(f"{stack.path}: no model of this stack has an engine for target {target}")
-    runtime = fingerprint()
-    try:
-        with replaced_folder(out, ours="*/config.pbtxt") as aside:
+    entries = find_entries(stack, engines_dir, target)
+    runtime, beside, written = fingerprint(), out.absolute().parent, now()
+    records = {entry.name: served_record(stack, entry, beside, written) for entry in entries}
+    with errors_of_ours(out):
+        with replaced_folder(out, ours=f"*/{CONFIG}") as aside:
             for entry in entries:
                 if native and entry.model.task != "generate":
                     _write_native(entry, aside, runtime)
-                else:
-                    _write_model(entry, aside / entry.name, runtime)
-        _write_summary(stack, entries, out.absolute().parent)
-    except OnecardError:
-        raise
+                    continue
+                config = config_text(entry, runtime, 1)
+                write_version(entry, aside / entry.name, config, records[entry.name])
+        write_evaluation((entry.model for entry in entries), beside)
+        write_summary(records.values(), beside)
+    return out
+
+
+@contextlib.contextmanager
+def errors_of_ours(out: Path) -> Iterator[None]:
+    """Turn an OSError inside into RepositoryError."""
+    try:
+        yield
     except OSError as error:
         raise RepositoryError(
             f"{out}: cannot be written ({error.strerror or error})",
             cause="the disk is full or the folder is read-only",
             next_step="free space or name another folder, then run again; nothing half-written is left",
         ) from error
-    return out
+
+
+def _refuse_served(out: Path) -> None:
+    """What a server has loaded it reads again later: its files must not be taken from under it."""
+    try:
+        pid = read_running(out).pid
+    except ServerError:
+        return
+    raise RepositoryError(
+        f"{out}: a server runs on it (process {pid})",
+        next_step="replace its models while it serves: triton-repo deploy STACK; or stop it first",
+    )
 
 
 def seal(version: Path) -> None:
@@ -97,84 +105,51 @@ def seal(version: Path) -> None:
 
 def not_judged(repository: Path) -> list[str]:
     """Triton models whose engine no gate has run yet: it was compiled where no GPU could run it."""
-    manifests = {path.parent.parent.name: path for path in sorted(repository.glob("*/1/manifest.json"))}
     found = []
-    for name, path in manifests.items():
-        manifest = json.loads(path.read_text("utf-8"))
-        runs_here = (path.parent / manifest["engine"]["file"]).exists()
+    for model in served_versions(repository):
+        folder = model.path(model.version)
+        if not (folder / "manifest.json").exists():  # an ensemble
+            continue
+        manifest = model.manifest(model.version)
+        runs_here = (folder / manifest["engine"]["file"]).exists()
         judged = "engine" in manifest.get("gates", {"engine": None})
         # What TensorRT-LLM serves is the checkpoint itself: there is no gate to pass.
         if manifest["target"] not in {"onnxruntime", "tensorrt-llm"} and runs_here and not judged:
-            found.append(name)
+            found.append(model.name)
     return found
 
 
-def _entries(model: Model, engines_dir: Path, target: str) -> list[Entry]:
-    entries = []
-    target = model.target or target
-    for precision, name in model.variants.items():
-        if not compiles(target, model.task, precision):
-            continue
-        folder = engines_dir / model.name / precision / target
-        try:
-            manifest = read_manifest(folder)
-            check_files(folder, manifest)
-        except EngineRefused as error:
-            raise ArtifactError(str(error), next_step=_BUILD_AGAIN) from None
-        expected = {"model": model.name, "task": model.task, "precision": precision, "target": target}
-        wrong = {key: manifest.get(key) for key, value in expected.items() if manifest.get(key) != value}
-        if wrong:
-            raise ArtifactError(
-                f"{folder}: the engine was built for {wrong}, this place is for {expected}",
-                next_step=_BUILD_AGAIN,
-            )
-        if stale := _stale(model, manifest["serving"]):
-            raise ArtifactError(f"{folder}: the engine was built with {stale}", next_step=_BUILD_AGAIN)
-        entries.append(Entry(name, model, folder, manifest))
-    return entries
-
-
-def _stale(model: Model, serving: Mapping[str, Any]) -> str:
-    """What the stack file now says otherwise than the engine was built; empty when nothing.
-
-    A length is bounded by the positions that the checkpoint has. What an LLM's stack file leaves open (0) is
-    the plan's choice, and the engine holds what it chose.
-    """
-    if model.task == "generate":
-        slots, capacity, chunk = serving["slots"], serving["capacity"], serving["chunk"]
-        limit = serving.get("positions") or model.max_length
-        pairs = [
-            ("slots", slots, model.slots or slots),
-            ("max_length", capacity, min(model.max_length, limit) or capacity),
-            ("prefill_chunk", min(chunk, capacity), min(model.prefill_chunk, capacity)),
-        ]
-    else:
-        limit = serving.get("max_positions") or model.max_length
-        pairs = [
-            ("overflow", serving["overflow"], model.overflow),
-            ("max_batch", serving["max_batch"], model.max_batch),
-            ("max_length", serving["max_length"], min(model.max_length, limit)),
-        ]
-    return ", ".join(
-        f"{name} = {built!r} where the stack file says {wanted!r}"
-        for name, built, wanted in pairs
-        if built != wanted
-    )
-
-
-def _write_model(entry: Entry, folder: Path, runtime: str) -> None:
-    version = folder / "1"
+def write_version(entry: Entry, folder: Path, config: str, served: Mapping[str, Any]) -> None:
+    """Write a model's folder that has the one version which `config` names."""
+    version = folder / str(version_of(parse(config)))
     version.mkdir(parents=True)
-    if entry.model.task == "generate":
-        spec, warmup = generator_spec(entry.model, entry.name, entry.manifest, runtime), warmup_files()
-    else:
-        spec = encoder_spec(entry.model, entry.name, entry.manifest, runtime)
-        warmup = {WARMUP_FILE: warmup_bytes()}
-    _write_config(folder, render(to_message(spec)), warmup)
+    for path in (folder / CONFIG, version / CONFIG):
+        path.write_text(config, encoding="utf-8")
+    (version / SERVED).write_text(json.dumps(served, indent=1, ensure_ascii=False), encoding="utf-8")
+    generates = entry.model.task == "generate"
+    _write_warmup(folder, warmup_files() if generates else {WARMUP_FILE: warmup_bytes()})
     for name in ("manifest.json", entry.manifest["engine"]["file"], *entry.manifest["files"]):
         link_or_copy(entry.folder / name, version / name)
-    _copy_code("generator.py" if entry.model.task == "generate" else "encoder.py", version)
+    _copy_code("generator.py" if generates else "encoder.py", version)
     seal(version)
+
+
+def config_text(entry: Entry, runtime: str, version: int) -> str:
+    """config.pbtxt of one version; `runtime` is the fingerprint of the runtime beside it."""
+    of = generator_spec if entry.model.task == "generate" else encoder_spec
+    spec = of(entry.model, entry.name, entry.manifest, runtime)
+    return render(to_message(replace(spec, version=version)))
+
+
+def is_current(entry: Entry, model: ServedModel) -> bool:
+    """Whether `model` serves this very engine by the config and the code that would be written now."""
+    version = model.version
+    served_by = "generator.py" if entry.model.task == "generate" else "encoder.py"
+    return (
+        model.manifest(version)["digest"] == entry.manifest["digest"]
+        and model.config == parse(config_text(entry, fingerprint(), version))
+        and (model.path(version) / "model.py").read_bytes() == (_PACKAGE / "models" / served_by).read_bytes()
+    )
 
 
 def _write_native(entry: Entry, repository: Path, runtime: str) -> None:
@@ -184,18 +159,17 @@ def _write_native(entry: Entry, repository: Path, runtime: str) -> None:
         (folder / "1").mkdir(parents=True)
         for name in part.files:
             link_or_copy(entry.folder / name, folder / "1" / name)
-        warmup = {WARMUP_FILE: warmup_bytes()} if part.warmup else {}
-        _write_config(folder, render(to_message(part.spec)), warmup)
+        (folder / CONFIG).write_text(render(to_message(part.spec)), encoding="utf-8")
+        if part.warmup:
+            _write_warmup(folder, {WARMUP_FILE: warmup_bytes()})
         if part.source is not None:
             _copy_code(part.source, folder / "1")
         seal(folder / "1")
 
 
-def _write_config(folder: Path, config: str, warmup: Mapping[str, bytes]) -> None:
-    (folder / "config.pbtxt").write_text(config, encoding="utf-8")
-    if warmup:
-        (folder / "warmup").mkdir()
-    for name, content in warmup.items():
+def _write_warmup(folder: Path, files: Mapping[str, bytes]) -> None:
+    (folder / "warmup").mkdir()
+    for name, content in files.items():
         (folder / "warmup" / name).write_bytes(content)
 
 
@@ -209,64 +183,3 @@ def _copy_code(served_by: str, version: Path) -> None:
         copy = package / "runtime" / source.relative_to(runtime)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, copy)
-
-
-def _write_summary(stack: Stack, entries: list[Entry], folder: Path) -> None:
-    models: dict[str, Any] = {}
-    for entry in entries:
-        model, serving = entry.model, entry.manifest["serving"]
-        if model.name not in models:
-            models[model.name] = {
-                "task": model.task,
-                "target": entry.manifest["target"],
-                "source": str(stack.checkpoint_dir(model).absolute()),
-                "variants": {},
-                "evaluation": _write_evaluation(model, folder / "evaluation" / f"{model.name}.jsonl"),
-                **_limits(model, serving),
-            }
-        models[model.name]["variants"][entry.manifest["precision"]] = entry.name
-    summary = {"stack": stack.name, "models": models}
-    write_text(folder / "stack.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    evaluation = [f"evaluation/{name}.jsonl" for name, found in models.items() if found["evaluation"]]
-    record = sealed_files(folder, ["stack.json", *evaluation])
-    write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
-
-
-def _limits(model: Model, serving: Mapping[str, Any]) -> dict[str, Any]:
-    if model.task == "generate":
-        return {name: serving[name] for name in ("slots", "capacity", "chunk")}
-    return {
-        "max_length": serving["max_length"],
-        "max_batch": serving["max_batch"],
-        "labels": serving.get("labels"),
-        "overflow": serving["overflow"],
-        "pooling": serving.get("pooling") or model.pooling,
-        "normalize": model.normalize,
-    }
-
-
-def _write_evaluation(model: Model, out: Path) -> str | None:
-    """Copy the evaluation data as JSONL, so that the client needs nothing of the build tool to read it."""
-    if model.evaluation is None:
-        return None
-    from calibration.samples import load_conversations, load_groups, load_texts
-
-    reference = model.evaluation.path or model.evaluation.spec
-    records: list[dict[str, Any]]
-    if model.task == "generate":
-        records = [
-            {"messages": found.turns()} if found.messages else {"text": found.text}
-            for found in load_conversations(reference)
-        ]
-    elif model.task == "rerank":
-        records = [
-            {"query": group.query, "passages": group.passages, "relevance": group.relevance}
-            for group in load_groups(reference)
-        ]
-    else:
-        records = [
-            {"text": review.text} | ({} if review.label is None else {"label": review.label})
-            for review in load_texts(reference)
-        ]
-    write_text(out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-    return str(out)

@@ -23,6 +23,7 @@ from build_engines.export.decoder import open_decoder
 from build_engines.export.decoder_serving import TEMPLATE_FILE, copy_chat_tokenizer, decoder_serving
 from build_engines.export.decoder_weights import Decoder
 from build_engines.gates import GateReport
+from build_engines.golden import record_generator
 from build_engines.manifest import StageRun, code_digest, digest_of
 from build_engines.perplexity import GivesLogits, Reference, engine_nll, judge
 from build_engines.pipeline.engine import EngineStage, closing
@@ -57,7 +58,10 @@ _COMPILE_CODE = (
     "build_engines/decoder_kernels.py",
     "build_engines/fallback.py",
     "build_engines/gates.py",
+    "build_engines/golden.py",
     "build_engines/perplexity.py",
+    "calibration/samples.py",
+    "calibration/reading.py",
     "triton_repo/runtime",
 )
 
@@ -156,6 +160,7 @@ class DecoderBuild(ModelBuild):
                 files=[path for path in served if path.is_file()],
                 compile=compile,
                 judge=None if on_cpu else lambda out: self._judged_engine(out, graph),
+                record=self._record,
             )
         )
 
@@ -174,6 +179,10 @@ class DecoderBuild(ModelBuild):
             report = self._judged(engine, graph)
         self.reporter.progress("verify", 1, 1)
         return report
+
+    def _record(self, folder: Path) -> None:
+        assert self.model.evaluation is not None  # without it there was no gate to pass
+        record_generator(folder, self.model.evaluation)
 
     def _judged(self, engine: GivesLogits, graph: StageRun) -> GateReport:
         reference = Reference.load(graph.folder / REFERENCE_FILE)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from build_engines.gates import GateReport, judge
+from build_engines.golden import record_encoder
 from build_engines.manifest import StageRun, code_digest, digest_of
 from build_engines.pipeline.engine import EngineStage, closing
 from build_engines.pipeline.model import BuiltEngine, ModelBuild, versions
@@ -142,7 +143,7 @@ class EncoderBuild(ModelBuild):
             "profile": profile.as_dict(),
             "serving": self.serving,
             "gates": asdict(self.model.gates),
-            "code": code_digest("build_engines/targets", *_JUDGING_CODE),
+            "code": code_digest("build_engines/targets", "build_engines/golden.py", *_JUDGING_CODE),
         }
 
         manifest = {
@@ -166,6 +167,7 @@ class EncoderBuild(ModelBuild):
                     progress=self.reporter.progress,
                 ),
                 judge=lambda out: self._judged(out, precision),
+                record=lambda out: record_encoder(out, self.evaluation.texts, self.evaluation.groups),
             )
         )
 

@@ -23,6 +23,7 @@ from build_engines.errors import CompileError, GateError
 from build_engines.gates import GateReport
 from build_engines.manifest import MANIFEST, RECORD, digest_of, is_whole, recorded_inputs, write_manifest
 from build_engines.nvidia import gpu_compute_capability
+from triton_repo.runtime.golden import FILE as GOLDEN
 from triton_repo.runtime.gpu.cuda import DeviceInfo, find_device
 from triton_repo.runtime.session import EngineRefused
 from triton_repo.runtime.texts import EngineFailed
@@ -48,7 +49,7 @@ class EngineStage:
     `inputs`: what decides it beside the manifest's own settings. `manifest`: what is known of it beforehand,
     with the graph's gate in "gates". `files` lie beside the engine. `compile` fills the folder and returns
     what else the manifest records. `judge` opens the folder as the server does; None where `compile` has
-    judged already ("gates" in what it returns).
+    judged already ("gates" in what it returns). `record` writes the engine's golden requests beside it.
     """
 
     target: Target
@@ -57,6 +58,7 @@ class EngineStage:
     files: Sequence[Path]
     compile: Build
     judge: Callable[[Path], GateReport] | None
+    record: Callable[[Path], None]
 
 
 class EngineJob:
@@ -98,26 +100,31 @@ class EngineJob:
         gates = {**self.manifest["gates"], **made.pop("gates", {})}
         manifest = {**self.manifest, "gates": gates, **made}
         write_manifest(out, manifest, self.target.engine_file)
-        if self.judge is not None and (self.device is not None or not self.on_gpu):
-            report = self._judged(out)
-            if report is not None:
-                gates["engine"] = report.as_dict()
-                if self.device is not None:
-                    manifest["judged_on"] = asdict(self.device)
-                write_manifest(out, manifest, self.target.engine_file)
+        if self.device is not None or not self.on_gpu:
+            self._run(out, manifest)
         return {"gates": gates}
 
-    def _judged(self, out: Path) -> GateReport | None:
-        """The report; None where a portable engine does not open on a card that it was not asked for."""
-        assert self.judge is not None
+    def _run(self, out: Path, manifest: dict[str, Any]) -> None:
+        """Judge the engine and record its golden requests, for the manifest too. Nothing comes of it where a
+        portable engine does not open on a card that it was not asked for."""
         try:
-            report = self.judge(out)
+            report = self._judged(out)
+            self.stage.record(out)
         except (EngineRefused, EngineFailed) as error:
             if self.manifest["portable"] and not self._on_own_card():
-                return None
+                return
             where = f" on the {self.device.name}" if self.device else ""
             raise CompileError(f"{self.name} does not open{where}: {error}") from None
-        if report.passed:
+        if report is not None:
+            manifest["gates"]["engine"] = report.as_dict()
+        if self.device is not None:
+            manifest["judged_on"] = asdict(self.device)
+        write_manifest(out, manifest, self.target.engine_file)
+
+    def _judged(self, out: Path) -> GateReport | None:
+        """The report of an engine that passed; None where compiling it judged it."""
+        report = self.judge(out) if self.judge is not None else None
+        if report is None or report.passed:
             return report
         self._take_back()
         where = self.device.name if self.device else "this machine"
@@ -144,7 +151,8 @@ class EngineJob:
         if not self.on_gpu or self._published() is None or not is_whole(self.folder):
             return None
         manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
-        copied = {path.name for path in self.stage.files}
+        # What it answers is recorded anew, on the device that judges it.
+        copied = {path.name for path in self.stage.files} | {GOLDEN}
         for path in self.folder.iterdir():
             if path.name not in {MANIFEST, RECORD} | copied:
                 link_or_copy(path, out / path.name)

@@ -123,8 +123,11 @@ class ModelBuild(ABC):
 
     def _checkpoint_files(self) -> dict[Path, tuple[int, ...]]:
         """Every file that decides the model, and what the file system says changes with it."""
-        # A stack file that lies in its checkpoint's folder builds inside that folder.
-        paths = folder_files(self.source, _CHECKPOINT_FILES, without=self.stack.build_dir)
+        # A stack file that lies in its checkpoint's folder builds inside that folder. The other way round, as
+        # the demo's models lie in its build folder, nothing is left out.
+        build, source = self.stack.build_dir.absolute(), self.source.absolute()
+        without = build if build.is_relative_to(source) else None
+        paths = folder_files(self.source, _CHECKPOINT_FILES, without=without)
         states = ((path, path.stat()) for path in paths)
         return {path: (s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in states}
 

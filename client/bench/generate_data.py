@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 from ..errors import BenchError
 from .summary import REBUILD, field_of, is_text, is_text_map, read_json
 
+# Of config.pbtxt: the version that is served.
+_VERSION = re.compile(r"version_policy.*?versions: (\d+)", re.DOTALL)
 SYNTHETIC_TOKENS = 128
 SMALLEST_NUMBER = 10_000_000  # so that the numbers that make prompts distinct are all of one length
 
@@ -49,8 +52,10 @@ class BenchGenerator:
 
     def manifest(self, precision: str) -> tuple[Path, dict[str, Any]] | None:
         """The served engine's folder and manifest, when the repository lies beside the summary."""
-        folder = self.repository / self.variants[precision] / "1"
+        model = self.repository / self.variants[precision]
         try:
+            served = _VERSION.search((model / "config.pbtxt").read_text("utf-8"))
+            folder = model / (served[1] if served else "1")
             return folder, json.loads((folder / "manifest.json").read_text("utf-8"))
         except (OSError, ValueError):
             return None

@@ -65,8 +65,6 @@ class Variant:
         self._address = address
         self._name = triton_name
         self._model = model
-        self._ended = 0  # requests of the load, answered or rejected
-        self._base = metrics.read()
 
     def load(self, pool: Sequence[Item], plan: Plan) -> Load:
         """Every point of the plan; BenchError when requests fail or the response cache answers any."""
@@ -81,6 +79,7 @@ class Variant:
             raise BenchError(f"a request failed under load: {failure}", model=self._name) from group
 
     async def _load(self, payloads: Payloads, plan: Plan) -> Load:
+        self._begin()
         hits_before = self._status(self._name).cache_hits
         async with Sender(self._address) as send:
             closed = {
@@ -105,7 +104,6 @@ class Variant:
         warm_up = await closed_loop(
             send, payloads, concurrency=concurrency, seconds=plan.warm_up, is_rejection=self._rejects
         )
-        before = self._counts(warm_up)
         point = await closed_loop(
             send,
             payloads,
@@ -114,13 +112,12 @@ class Variant:
             minimum=plan.minimum,
             is_rejection=self._rejects,
         )
-        return ServedPoint(point, self._mean_batch(before, point))
+        return ServedPoint(point, self._mean_batch(warm_up, point))
 
     async def _open(self, send: Send, payloads: Payloads, rate: float, seconds: float) -> ServedPoint:
-        before = self._counts()
         times = arrivals(rate, seconds)
         point = await open_loop(send, payloads, times or [0.0], self._rejects)
-        return ServedPoint(point, self._mean_batch(before, point))
+        return ServedPoint(point, self._mean_batch(point))
 
     async def _cached(self, send: Send, same: Iterator[bytes]) -> float | None:
         if not self._client.describe(self._name).cached:
@@ -128,10 +125,20 @@ class Variant:
         await send(next(same))
         return (await closed_loop(send, same, concurrency=1, seconds=CACHED_SECONDS)).p50_ms
 
-    def _counts(self, point: Point | None = None) -> tuple[float, float]:
-        """Rows and runs of the engine so far, those of the load's last point among them."""
-        if point is not None:
-            self._ended += point.requests + point.rejected
+    def _begin(self) -> None:
+        self._ended = 0  # requests of the load, answered or rejected
+        self._base = metrics.read()
+        self._counted = self._counts()
+
+    def _mean_batch(self, *points: Point) -> float | None:
+        """Rows in a run of the engine since this was last asked; `points` are all that was sent meanwhile."""
+        self._ended += sum(point.requests + point.rejected for point in points)
+        before, self._counted = self._counted, self._counts()
+        rows, runs = (now - then for now, then in zip(self._counted, before, strict=True))
+        return rows / runs if runs > 0 else None
+
+    def _counts(self) -> tuple[float, float]:
+        """Rows and runs of the engine, once all requests of the load are among them."""
         scrape = metrics.settled(self._name, self._ended, self._base)
         if scrape.series(self._name, "onecard_runs_total"):
             rows, runs = (scrape.total(self._name, f"onecard_{what}_total") for what in ("rows", "runs"))
@@ -140,10 +147,6 @@ class Variant:
         models = {model.name: model for model in self._client.status().models}
         batched = models.get(f"{self._name}_engine", models.get(self._name))
         return (batched.texts or 0, batched.runs or 0) if batched else (0, 0)
-
-    def _mean_batch(self, before: tuple[float, float], point: Point) -> float | None:
-        rows, runs = (now - then for now, then in zip(self._counts(point), before, strict=True))
-        return rows / runs if runs > 0 else None
 
     def _status(self, name: str) -> ModelStatus:
         for model in self._client.status().models:

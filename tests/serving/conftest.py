@@ -166,8 +166,8 @@ def one_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def talking(tmp_path_factory: pytest.TempPathFactory, servers: list[Server]) -> Served:
-    """A server of two LLMs (one with a single slot and a short queue) and an encoder, in one repository."""
+def talk_stack(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+    """Two LLMs (one with a single slot and a short queue) and an encoder, in one repository."""
     folder = tmp_path_factory.mktemp("talk")
     (folder / "talk.toml").write_text(TALK)
     (folder / "talks.jsonl").write_text(TALKS)
@@ -179,5 +179,11 @@ def talking(tmp_path_factory: pytest.TempPathFactory, servers: list[Server]) -> 
     built = build_stack(stack, Silent(), models=["talk", "tight"], targets=["onnxruntime"])
     engines |= {engine.manifest["model"]: engine.folder for engine in built}
     write_repository(stack, folder / "engines", folder / "repository")
+    return folder, engines
+
+
+@pytest.fixture(scope="session")
+def talking(talk_stack: tuple[Path, dict[str, Path]], servers: list[Server]) -> Served:
+    folder, engines = talk_stack
     servers.append(Server(folder / "repository", ServerOptions(free_ports=True)))
     return Served(servers[-1].start(), folder, engines)

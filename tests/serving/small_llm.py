@@ -67,6 +67,30 @@ def write_llm(folder: Path, *, seed: int) -> Path:
     return folder
 
 
+def build_llm(checkpoint: Path, folder: Path, *, model: str) -> Path:
+    """Leave the FP32 graph as a finished engine folder for the CPU, as the build does."""
+    import onnx
+
+    from build_engines.export.decoder import open_decoder, write_decoder
+    from build_engines.export.decoder_serving import copy_chat_tokenizer, decoder_serving
+    from build_engines.manifest import write_manifest
+    from build_engines.targets.decoder_lowering import lower_decoder, widen_decoder
+
+    folder.mkdir(parents=True)
+    decoder = open_decoder(checkpoint)
+    write_decoder(decoder, folder / "model.onnx", precision="fp32")
+    typed = onnx.load(str(folder / "model.onnx"), load_external_data=False)
+    onnx.save(lower_decoder(widen_decoder(typed, folder), {}), str(folder / "engine.onnx"))
+    (folder / "model.onnx").unlink()
+    copy_chat_tokenizer(checkpoint, folder)
+    bounds = {"slots": 4, "capacity": POSITIONS, "chunk": 64}
+    facts = {"model": model, "task": "generate", "precision": "fp32", "target": "onnxruntime"}
+    write_manifest(
+        folder, {**facts, "serving": {**decoder_serving(decoder, "fp32"), **bounds}}, "engine.onnx"
+    )
+    return folder
+
+
 class Silent:
     """A build that nobody watches."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import math
 import random
 import threading
@@ -85,6 +86,16 @@ def test_every_task_answers_over_every_transport(call: Any) -> None:
     ranked = call("rerank", "noodles", passages)
     assert [answer.score for answer in ranked] == sorted((a.score for a in ranked), reverse=True)
     assert all(answer.passage == passages[answer.index] for answer in ranked)
+
+
+def test_the_log_tells_id_and_version(call: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "client")
+    call("embed", sentences(MAX_BATCH + 1), model="vector", request_id="mine")
+    ends = [vars(record) for record in caplog.records if record.name == "client"]
+    assert sorted((end["request_id"], end["model_version"], end["texts"]) for end in ends) == [
+        ("mine/0", "1", MAX_BATCH),
+        ("mine/1", "1", 1),
+    ]
 
 
 def test_a_long_list_comes_back_in_order(call: Any, served: Served) -> None:

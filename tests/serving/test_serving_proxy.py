@@ -21,6 +21,7 @@ import grpc
 import pytest
 import tritonclient.grpc
 from click.testing import CliRunner
+from nginx_proxy import NGINX, OPENSSL, Proxy, write_authority
 from small_llm import quiet
 from small_models import LABELS, Served
 from tritonclient.utils import InferenceServerException
@@ -37,7 +38,7 @@ from client import (
     Untrusted,
 )
 from client.cli import main
-from proxy import NGINX, OPENSSL, Proxy, write_authority
+from triton_repo.running import ADMIN_HEADER
 
 pytestmark = [
     pytest.mark.serving,
@@ -48,7 +49,6 @@ pytestmark = [
 
 TOKEN, OTHER = "5f" * 32, "0a" * 32
 NAMES = {TOKEN: "shop", OTHER: "office"}
-ADMIN = "triton-grpc-protocol-onecard-admin-key"
 ONCE = RetryPolicy(attempts=1)
 SCHEMES = ("grpcs", "https")
 SECRET_TEXT = "good noodles with a secret"
@@ -215,8 +215,9 @@ def test_pieces_pass_as_they_come_and_leaving_frees_the_slot(
     url = f"{scheme}://127.0.0.1:{talking_proxy.port}"
     options: dict[str, Any] = {"model": "talk", "ignore_eos": True, "timeout": 20}
     with Client(url, retry=ONCE, token=TOKEN, ca=authority) as client:
+        client.generate("a", max_tokens=1, **options)
         start = time.perf_counter()
-        with client.stream("a", max_tokens=400, **options) as stream:
+        with client.stream("a", max_tokens=2000, **options) as stream:
             next(stream)
             first = time.perf_counter() - start
             pieces = sum(1 for _ in stream)
@@ -231,7 +232,7 @@ def test_pieces_pass_as_they_come_and_leaving_frees_the_slot(
 def answer(proxy: Proxy, authority: Path, target: str, *headers: str) -> int:
     """The status of a request whose target is sent as it is."""
     lines = [f"POST {target} HTTP/1.1", "Host: proxy", f"Authorization: Bearer {TOKEN}", *headers]
-    lines += [f"{ADMIN}: key", "Content-Length: 2", "Connection: close", "", "{}"]
+    lines += [f"{ADMIN_HEADER}: key", "Content-Length: 2", "Connection: close", "", "{}"]
     context = ssl.create_default_context(cafile=authority)
     plain = socket.create_connection(("127.0.0.1", proxy.port), 10)
     with context.wrap_socket(plain, server_hostname="127.0.0.1") as secure:
@@ -289,7 +290,7 @@ def test_what_changes_the_server_does_not_pass_over_http(
     ],
 )
 def test_nor_over_grpc(method: str, arguments: tuple[Any, ...], proxied: Proxy, authority: Path) -> None:
-    headers = {"authorization": f"Bearer {TOKEN}", ADMIN: "key"}
+    headers = {"authorization": f"Bearer {TOKEN}", ADMIN_HEADER: "key"}
     credentials = grpc.ssl_channel_credentials(authority.read_bytes())
     address = f"127.0.0.1:{proxied.port}"
     with tritonclient.grpc.InferenceServerClient(address, creds=credentials) as triton:
@@ -353,11 +354,11 @@ def test_neither_token_nor_admin_key_nor_what_crashes_triton_reaches_the_server(
     credentials = grpc.ssl_channel_credentials(authority.read_bytes())
     with grpc.secure_channel(f"127.0.0.1:{proxy.port}", credentials) as channel:
         send = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
-        sent = {ADMIN: "key", "x-request-id": "two words", "triton_grpc_error": "true"}
+        sent = {ADMIN_HEADER: "key", "x-request-id": "two words", "triton_grpc_error": "true"}
         send(b"", metadata=tuple({"authorization": f"Bearer {TOKEN}", **sent}.items()), timeout=10)
     over_http, over_grpc = upstream.headers[-2:]
     for headers in (over_http, over_grpc):
-        assert not {"authorization", ADMIN, "triton_grpc_error"} & set(headers)
+        assert not {"authorization", ADMIN_HEADER, "triton_grpc_error"} & set(headers)
     assert over_http["x-request-id"] == "mine/1"
     assert len(over_grpc["x-request-id"]) == 32  # what is no id is replaced
     assert "two words" not in proxy.log

@@ -33,6 +33,7 @@ class TritonPythonModel:
         if reason := mismatch(parameters["runtime"]):
             raise pb_utils.TritonModelException(f"engine refused: {reason}")
         from triton_repo.runtime.encode import Encoder
+        from triton_repo.runtime.probe import probe_encoder
         from triton_repo.runtime.service import EncoderService
         from triton_repo.runtime.session import EngineRefused
         from triton_repo.runtime.tokenization import TokenizerRefused
@@ -43,7 +44,9 @@ class TritonPythonModel:
         instances = sum(group["count"] for group in config["instance_group"])
         try:
             device = int(args["model_instance_device_id"])  # of an engine on a GPU
-            self._service = EncoderService(Encoder.open(folder, _threads(instances), device))
+            encoder = Encoder.open(folder, _threads(instances), device)
+            probe_encoder(encoder, folder)
+            self._service = EncoderService(encoder)
         except (EngineRefused, TokenizerRefused) as error:
             raise pb_utils.TritonModelException(f"engine refused: {error}") from None
         self._open(args, parameters, instances)

@@ -52,6 +52,7 @@ class TritonPythonModel:
         from triton_repo.runtime.exchange import EventLog
         from triton_repo.runtime.generation import GenerationService
         from triton_repo.runtime.metrics import Publisher, Reporter, labels
+        from triton_repo.runtime.probe import probe_generator
         from triton_repo.runtime.session import EngineRefused
         from triton_repo.runtime.texts import EngineFailed
         from triton_repo.runtime.tokenization import TokenizerRefused
@@ -63,6 +64,7 @@ class TritonPythonModel:
                 device=int(args["model_instance_device_id"]),
                 limits=Limits.read(parameters),
             )
+            probe_generator(self._service, folder)
         except (EngineRefused, EngineFailed, TokenizerRefused, TemplateRefused) as error:
             raise pb_utils.TritonModelException(f"engine refused: {error}") from None
         self._readers = ThreadPoolExecutor(_READERS, "reader")

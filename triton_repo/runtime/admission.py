@@ -28,7 +28,9 @@ Reason = Literal["queue_full", "deadline", "expired", "displaced", "unloading"]
 # The rate is an average over about so many seconds in which somebody waited.
 _RATE_SECONDS = 2.0
 # The share of a deadline that an estimated wait may fill: the rest is for what the estimate does not see.
-_MARGIN = 0.7
+_MARGIN = 0.6
+# The share that goes by where no queue sees it: before a request is taken in, and behind its answer.
+_ELSEWHERE = 0.1
 # Who waited less may have found an idle model whose thread had to wake up.
 _NOTICEABLE_S = 0.002
 _LEAST_SHARE = 0.05
@@ -92,7 +94,8 @@ class _Entry:
     limit: float  # seconds, of which the last ones are for being served
 
     def expires(self, service: float) -> float:
-        return self.arrived + self.limit - min(service, (1 - _MARGIN) * self.limit)
+        spare = (1 - _MARGIN - _ELSEWHERE) * self.limit
+        return self.arrived + (1 - _ELSEWHERE) * self.limit - min(service, spare)
 
 
 class AdmissionQueue(Generic[T]):
@@ -182,6 +185,18 @@ class AdmissionQueue(Generic[T]):
                 self._rate.learn(self._taken, waited)
             self._taken, self._taken_at, self._backlog = work, now, len(self) > 0
         return taken
+
+    def seconds_for(self, work: float) -> float:
+        """About how long so much work takes; infinity while that is not known."""
+        return work * self._rate.pace or math.inf
+
+    def served(self, work: float, seconds: float) -> None:
+        """So much work was done in so many seconds. Where somebody waits, `take` sees that by itself."""
+        if self._backlog:
+            return
+        of_default = [0.0] * len(self._levels)
+        of_default[self.limits.default_level - 1] = work
+        self._rate.learn(of_default, seconds)
 
     def expired(self) -> list[T]:
         """Remove those that could not be answered in time any more."""

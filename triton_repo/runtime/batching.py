@@ -26,6 +26,8 @@ Inputs = Mapping[str, npt.NDArray[Any]]
 
 # To ask whether a client has gone is a round trip to the server process: worth it where a request waited.
 _LONG_WAIT_S = 0.25
+# How long Triton may be kept waiting for the answers of a batch.
+_AT_ONCE_S = 0.1
 # The share of a deadline that a batch may take: who comes behind it, urgent or not, waits for all of it.
 _BATCH_SHARE = 0.15
 # What a row costs beside its characters, in characters.
@@ -88,15 +90,22 @@ class Batcher:
         self._thread.start()
 
     def answer_now(self, tickets: Sequence[Ticket]) -> list[Answer] | None:
-        """The answers, in order; None when others are before them or they are too many for one batch.
+        """The answers, in order; None when others are before them, or they are more than one short run.
 
-        For the thread that also calls `submit`: whatever comes meanwhile waits for it to return.
+        For the thread that also calls `submit`: whatever comes meanwhile waits for it to return, unseen by
+        the queue. So nothing is answered here that takes long, nor more than one while that is not known.
         """
+        work = sum(map(self._work, tickets))
         with self._changed:
             if self._busy or self._queue or sum(ticket.rows for ticket in tickets) >= self._service.max_rows:
                 return None
+            if len(tickets) > 1 and self._queue.seconds_for(work) > _AT_ONCE_S:
+                return None
         arrived = self._clock()
         answers = self._answers(tickets)
+        if tickets:
+            with self._changed:
+                self._queue.served(work, self._clock() - arrived)
         for answer in answers:
             self._tally.queue.observe(0.0)
             self._count(answer, arrived)
@@ -179,7 +188,10 @@ class Batcher:
         here = [ticket for ticket in batch if not self._has_left(ticket, started)]
         for ticket in here:
             self._tally.queue.observe(started - ticket.arrived)
-        for ticket, answer in zip(here, self._answers(here), strict=True):
+        answers = self._answers(here)
+        with self._changed:
+            self._queue.served(sum(map(self._work, here)), self._clock() - started)
+        for ticket, answer in zip(here, answers, strict=True):
             self._end(ticket, answer)
 
     def _answers(self, tickets: Sequence[Ticket]) -> list[Answer]:

@@ -20,6 +20,7 @@ from build_engines.pipeline import BuiltEngine, build_stack
 from build_engines.pipeline.encoder import EncoderBuild
 from build_engines.stack import Stack, load_stack
 from triton_repo.runtime.encode import Encoder
+from triton_repo.runtime.probe import probe_encoder
 
 TASKS = ("classify", "embed", "rerank")
 # Random weights in 32 dimensions are not robust, and these tests are not about accuracy.
@@ -118,6 +119,10 @@ def test_every_engine_is_there_and_says_all_of_itself(built: tuple[Stack, list[B
         assert manifest["portable"] is False
         assert bool(manifest["memory"]) is (target == "tensorrt-rtx")
         assert manifest["profile"] == {"batch": [1, 8, 8], "sequence": [1, 64, 64]}
+        # An engine that has run here says what it answered, and answers it again.
+        assert ("golden.json" in manifest["files"]) is (target == "onnxruntime")
+        if target == "onnxruntime":
+            probe_encoder(Encoder.open(engine.folder, threads=1), engine.folder)
         assert {"checkpoint", "model.onnx"} <= manifest["sources"].keys()
         assert all(len(digest) == 64 for digest in manifest["sources"].values())
         assert manifest["layers"]
@@ -396,7 +401,7 @@ def test_external_weights_all_the_way(small: Stack, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(graphs, "EXTERNAL_THRESHOLD", 1000)
     engines = build_stack(with_model(small, precisions=("int8", "fp16")), Lines())
     for engine in engines:
-        assert set(engine.manifest["files"]) == {"engine.onnx.data", "tokenizer.json"}
+        assert set(engine.manifest["files"]) == {"engine.onnx.data", "golden.json", "tokenizer.json"}
         assert engine.manifest["gates"]["engine"]["passed"] is True
     work = small.build_dir / "work" / "tiny"
     assert (work / "export" / "model.onnx.data").is_file()
@@ -451,6 +456,16 @@ def test_a_stack_may_be_built_inside_its_checkpoint(checkpoint: Any, data: Path,
     again = Lines()
     build_stack(stack, again)
     assert again.made == []
+
+
+def test_a_checkpoint_may_lie_inside_the_build_folder(checkpoint: Any, data: Path, tmp_path: Path) -> None:
+    """As one from the hub does, and the demo's: it is watched like any other."""
+    source = shutil.copytree(checkpoint("embed"), tmp_path / "build" / "models" / "tiny")
+    stack = stack_of(tmp_path, {"tiny": model_table("embed", source, data)})
+    before = EncoderBuild(stack, stack.models["tiny"], Lines()).source_digests
+    assert before.keys() >= {"config.json", "model.safetensors", "tokenizer.json"}
+    (source / "config.json").write_text((source / "config.json").read_text() + " ")
+    assert EncoderBuild(stack, stack.models["tiny"], Lines()).source_digests != before
 
 
 def test_swapped_labels_are_judged_anew(checkpoint: Any, data: Path, tmp_path: Path) -> None:

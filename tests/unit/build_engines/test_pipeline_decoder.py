@@ -20,6 +20,8 @@ from build_engines.pipeline import BuiltEngine, build_stack, decoder, encoder
 from build_engines.random_model import RandomLlama, write_random_llm
 from build_engines.stack import Stack, load_stack
 from triton_repo.runtime.decoder import DecoderEngine
+from triton_repo.runtime.generation import GenerationService
+from triton_repo.runtime.probe import probe_generator
 
 SHAPE = RandomLlama(layers=2, hidden=64, ffn=96, heads=4, kv_heads=2, vocabulary=512, positions=256)
 
@@ -110,11 +112,16 @@ def test_every_engine_is_there_and_says_all_of_itself(built: tuple[Stack, list[B
         assert {"tokenizer.json", "chat_template.jinja"} <= manifest["files"].keys()
         assert manifest["gates"]["graph"]["gate"]["passed"] is True
         if manifest["target"] == "onnxruntime":
+            assert "golden.json" in manifest["files"]
             assert manifest["gates"]["engine"]["passed"] is True
             assert "gate" not in manifest
             assert manifest["memory"] == {}
             assert manifest["layers"]["GroupQueryAttention"] == 2
+            service = GenerationService.open(engine.folder, threads=1)
+            probe_generator(service, engine.folder)
+            service.close()
         else:
+            assert "golden.json" not in manifest["files"]
             assert manifest["compute_capability"] == "12.0"
             assert "engine" not in manifest["gates"]  # no GPU is here to run it
             assert manifest["portable"] is False

@@ -52,8 +52,9 @@ def test_generators_are_read_beside_the_encoders(tmp_path: Path) -> None:
     assert read_summary(tmp_path / "stack.json") == ()
     assert read_generators(tmp_path / "stack.json", ("other",)) == ()
     assert model.manifest("int8-weights") is None
-    folder = tmp_path / "repository" / "llm" / "1"
+    folder = tmp_path / "repository" / "llm" / "12"  # the served one, not the first
     folder.mkdir(parents=True)
+    (folder.parent / "config.pbtxt").write_text("version_policy {\n  specific {\n    versions: 12\n  }\n}\n")
     (folder / "manifest.json").write_text('{"engine": {"file": "engine.onnx"}}')
     assert model.manifest("int8-weights") == (folder, {"engine": {"file": "engine.onnx"}})
 
@@ -332,6 +333,7 @@ def document(tmp_path: Path) -> dict[str, Any]:
     [model] = read_generators(summary(tmp_path))
     folder = tmp_path / "repository" / "llm" / "1"
     folder.mkdir(parents=True)
+    (folder.parent / "config.pbtxt").write_text("version_policy { specific { versions: 1 } }\n")
     serving = {"layers": 16, "kv_heads": 4, "head_dim": 64}
     manifest = {"engine": {"file": "engine.onnx"}, "target": "onnxruntime", "serving": serving}
     (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -129,18 +129,23 @@ def test_a_point_without_an_answer_is_an_error() -> None:
 )
 def test_the_batches_of_an_ensemble_are_its_engine_s(names: tuple[str, ...], batch: float) -> None:
     counts = {"m": (40, 20, 3), "m_engine": (80, 10, 0)}
+    loaded: list[bool] = []
 
     def status() -> Any:
         models = []
         for name in names:
             texts, runs, hits = counts.get(name, (7, 7, 7))
+            if not loaded:
+                texts = runs = 0
             models.append(SimpleNamespace(name=name, texts=texts, runs=runs, cache_hits=hits))
         return SimpleNamespace(models=models)
 
     client = cast("Client", SimpleNamespace(status=status))
     variant = Variant(client, "", cast("BenchModel", None), "m")
     assert variant._status("m").cache_hits == 3
-    assert variant._mean_batch((0, 0), Point(9, 1.0, 9.0, 1.0, 1.0, 1.0)) == batch
+    variant._begin()
+    loaded.append(True)
+    assert variant._mean_batch(Point(9, 1.0, 9.0, 1.0, 1.0, 1.0)) == batch
 
 
 def test_batches_are_rows_in_a_run_once_the_load_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +158,6 @@ def test_batches_are_rows_in_a_run_once_the_load_is_counted(monkeypatch: pytest.
     readings = iter([reading(5, 5, 5), reading(5, 5, 5), reading(9, 9, 6), reading(25, 85, 16)])
     monkeypatch.setattr("client.bench.metrics.read", lambda: next(readings))
     variant = Variant(cast("Client", None), "", cast("BenchModel", None), "m")
-    before = variant._counts()
-    assert before == (5, 5)
-    assert variant._mean_batch(before, Point(20, 1.0, 20.0, 1.0, 1.0, 1.0)) == 80 / 11
+    variant._begin()
+    warm_up, point = Point(5, 1.0, 5.0, 1.0, 1.0, 1.0), Point(14, 1.0, 14.0, 1.0, 1.0, 1.0, rejected=1)
+    assert variant._mean_batch(warm_up, point) == 80 / 11

@@ -107,11 +107,12 @@ def texts(answers: Any) -> list[Any]:
 
 
 def test_an_idle_model_answers_at_once_and_in_order(bench: Bench) -> None:
+    assert texts(bench.batcher.answer_now([ticket("first")])) == ["first"]
     answers = bench.batcher.answer_now([ticket("a"), ticket("bad"), ticket("b")])
     assert texts(answers) == ["a", BadRequest, "b"]
     assert bench.batcher.answer_now([]) == []
-    assert bench.outcomes() == {"completed": 2, "rejected": 1, "bad_input": 1}
-    assert bench.batcher.snapshot()["queue_seconds_count"] == 3
+    assert bench.outcomes() == {"completed": 3, "rejected": 1, "bad_input": 1}
+    assert bench.batcher.snapshot()["queue_seconds_count"] == 4
 
 
 def test_a_full_batch_and_a_busy_model_are_for_the_queue(bench: Bench) -> None:
@@ -209,3 +210,19 @@ def test_a_long_text_counts_as_far_as_it_is_read(bench: Bench) -> None:
     short, long = ticket("x" * 50), ticket("x" * 100_000)
     assert bench.batcher._work(long) - bench.batcher._work(short) == Echo.most_characters - 50
     assert bench.batcher._work(ticket("x" * 50, rows=3)) == 3 * bench.batcher._work(short)
+
+
+def test_what_takes_long_is_not_answered_while_triton_waits(bench: Bench) -> None:
+    """What comes meanwhile would wait where no deadline and no priority is known."""
+    assert bench.batcher.answer_now([ticket("a"), ticket("b")]) is None, "how long is not known yet"
+    slow = bench.service.answer
+
+    def slowly(requests: Sequence[Any]) -> list[Any]:
+        time.sleep(0.06 * len(requests))
+        return slow(requests)
+
+    bench.service.answer = slowly  # type: ignore[method-assign]
+    for _ in range(2):
+        assert texts(bench.batcher.answer_now([ticket("a")])) == ["a"]
+    assert bench.batcher.answer_now([ticket("a"), ticket("b")]) is None
+    assert texts(bench.batcher.answer_now([ticket("one is never refused")])) != []

@@ -17,7 +17,7 @@ from triton_fakes import Request, TritonModelException, fake_triton
 
 from build_engines.stack import Queue
 from triton_repo.encoders import queue_parameters
-from triton_repo.runtime import encode, fingerprint, service
+from triton_repo.runtime import encode, fingerprint, probe, service
 from triton_repo.runtime.session import EngineRefused
 from triton_repo.runtime.texts import BadRequest
 
@@ -79,6 +79,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", fake_triton())
     monkeypatch.setattr(encode, "Encoder", Engine)
     monkeypatch.setattr(service, "EncoderService", Echo)
+    monkeypatch.setattr(probe, "probe_encoder", lambda encoder, folder: None)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     Engine.opened, Engine.closed = [], False
@@ -105,6 +106,7 @@ def broken() -> Request:
 
 
 def test_what_fits_into_one_batch_is_returned_in_order(model: Any) -> None:
+    assert model.execute([ask("first")])[0]["out"] == b"first"
     responses = model.execute([ask("a"), broken(), ask("bad")])
     assert responses[0]["out"] == b"a"
     assert (responses[1]["error"].code, responses[2]["error"].code) == ("INTERNAL", "INVALID_ARG")
@@ -131,6 +133,7 @@ def test_what_does_not_is_answered_later_and_the_rest_sent_away(model: Any) -> N
 
 def test_what_was_not_answered_is_in_the_log_by_its_id_and_without_its_text(module: Any, model: Any) -> None:
     log = sys.modules["triton_python_backend_utils"].log  # type: ignore[attr-defined]
+    model.execute([ask("first")])
     model.execute([ask("a"), ask("bad")])
     assert log == ["onecard request_id=r-1 model=vector event=rejected reason=bad_input"]
     model.execute([ask("b"), ask("c"), broken()])
@@ -149,12 +152,13 @@ def test_priority_and_timeout_are_read(model: Any) -> None:
 
 
 def test_metrics_have_the_version_and_the_last_counts(module: Any, model: Any) -> None:
+    model.execute([ask("first")])
     model.execute([ask("a"), ask("bad")])
     model.finalize()
     families = sys.modules["triton_python_backend_utils"].families  # type: ignore[attr-defined]
     requests = families["onecard_requests_total"].made
-    assert (requests["completed"].value, requests["rejected"].value) == (1, 1)
-    assert families["onecard_runs_total"].made[""].value == 1
+    assert (requests["completed"].value, requests["rejected"].value) == (2, 1)
+    assert families["onecard_runs_total"].made[""].value == 2
     assert Engine.closed
 
 

@@ -16,10 +16,11 @@ from triton_fakes import USAGE, Request, Service, TritonModelException, fake_tri
 
 from build_engines.stack import Queue
 from triton_repo.encoders import queue_parameters
-from triton_repo.runtime import fingerprint, generation
+from triton_repo.runtime import fingerprint, generation, probe
 from triton_repo.runtime import metrics as runtime_metrics
 from triton_repo.runtime.admission import Busy, Limits
 from triton_repo.runtime.delivery import Delta
+from triton_repo.runtime.golden import ProbeFailed
 from triton_repo.runtime.session import EngineRefused
 from triton_repo.runtime.texts import EngineFailed
 
@@ -61,6 +62,7 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> Any:
     triton = fake_triton()
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", triton)
     monkeypatch.setattr(generation, "GenerationService", Service)
+    monkeypatch.setattr(probe, "probe_generator", lambda service, folder: None)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     return triton
@@ -229,3 +231,19 @@ def test_a_refused_engine_and_a_foreign_runtime_are_load_errors(
         monkeypatch.setattr(Service, "open", refuse)
         with pytest.raises(TritonModelException, match=f"engine refused: {reason}"):
             module.TritonPythonModel().initialize(arguments())
+
+
+def test_an_engine_that_answers_otherwise_than_recorded_is_a_load_error(
+    triton: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("triton_repo.models.generator")
+    probed = []
+
+    def refuse(service: Any, folder: Path) -> None:
+        probed.append((type(service), folder))
+        raise ProbeFailed("golden request 1 of 4: 7 instead of token 6, at place 2")
+
+    monkeypatch.setattr(probe, "probe_generator", refuse)
+    with pytest.raises(TritonModelException, match="engine refused: golden request 1 of 4: 7 instead"):
+        module.TritonPythonModel().initialize(arguments())
+    assert probed == [(Service, Path("/nowhere/1"))]

@@ -20,6 +20,7 @@ from build_engines.stack import load_stack
 from triton_repo import installation, ports, server_log, shared_memory
 from triton_repo.cli import main
 from triton_repo.container import IMAGE, LLM_IMAGE, docker_command
+from triton_repo.log_file import LogFile
 from triton_repo.server import Server, ServerOptions
 from triton_repo.writer import write_repository
 
@@ -215,9 +216,8 @@ def test_a_log_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> Non
     (tmp_path / "repository" / "model").mkdir(parents=True)
     (tmp_path / "repository" / "model" / "config.pbtxt").write_text('name: "model"\n')
     (tmp_path / "file").touch()
-    server = Server(tmp_path / "repository", ServerOptions(log=tmp_path / "file" / "server.log"))
     with pytest.raises(ServerError, match="--log"):
-        server._open_log()
+        LogFile(tmp_path / "file" / "server.log", "text")
 
 
 def test_a_missing_gpu_is_said_in_plain_words() -> None:

@@ -1,0 +1,107 @@
+"""The versions of a model: which is served, which other one is kept, and what each was written with.
+
+<repository>/<model>/config.pbtxt      names the version that is served, and no other
+<repository>/<model>/<N>/config.pbtxt  the same, as it was written with version N
+<repository>/<model>/<N>/served.json   what the client's summary says of it, and when it was written
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from build_engines.errors import RepositoryError
+from triton_repo.config_pbtxt import parse
+
+CONFIG: Final = "config.pbtxt"
+SERVED: Final = "served.json"
+_AGAIN = "stop the server and write the repository again: triton-repo write STACK"
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """One Triton model of a repository and its version folders."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def version(self) -> int:
+        """The one that config.pbtxt names. Raises RepositoryError."""
+        return version_of(self.config)
+
+    @property
+    def config(self) -> Any:
+        """The ModelConfig message. Raises RepositoryError."""
+        return _config(self.folder / CONFIG)
+
+    @property
+    def kept(self) -> list[int]:
+        """All versions that have a folder, oldest first."""
+        names = [path.name for path in self.folder.iterdir() if path.is_dir()]
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    @property
+    def previous(self) -> int | None:
+        """The newest that is older than the served one."""
+        served = self.version
+        return max((version for version in self.kept if version < served), default=None)
+
+    def path(self, version: int) -> Path:
+        return self.folder / str(version)
+
+    def config_of(self, version: int) -> Any:
+        """The ModelConfig message that a version was written with. Raises RepositoryError."""
+        return _config(self.path(version) / CONFIG)
+
+    def manifest(self, version: int) -> dict[str, Any]:
+        """The engine's manifest, unchecked: the model checks it when it loads. Raises RepositoryError."""
+        return _json(self.path(version) / "manifest.json")
+
+    def summary(self, version: int) -> dict[str, Any]:
+        """What served.json holds. Raises RepositoryError."""
+        return _json(self.path(version) / SERVED)
+
+
+def served_versions(repository: Path) -> list[ServedModel]:
+    """Every Triton model of a repository, by name."""
+    return [ServedModel(path.parent) for path in sorted(repository.glob(f"*/{CONFIG}"))]
+
+
+def version_of(config: Any) -> int:
+    """The one version that a ModelConfig message names. Raises RepositoryError."""
+    versions = list(config.version_policy.specific.versions)
+    if len(versions) != 1:
+        raise RepositoryError(
+            f"{config.name}: {CONFIG} does not name one version",
+            cause="it was written by an older triton-repo",
+            next_step=_AGAIN,
+        )
+    return int(versions[0])
+
+
+def _config(path: Path) -> Any:
+    try:
+        return _parsed(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RepositoryError(f"{path}: {error.strerror or error}", next_step=_AGAIN) from None
+
+
+# Asked for again and again during a rollout, and nobody changes what it gets.
+_parsed = functools.cache(parse)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise RepositoryError(f"{path}: unreadable ({error})", next_step=_AGAIN) from None
+    return found
