@@ -238,7 +238,9 @@ class Rollout:
         self._report(f"{change.name}: staying at version {old}")
         with contextlib.suppress(ServerError):  # one that is gone will start with the old version
             # A load goes on in the server when nobody waits for it any more.
-            self._until(lambda found: found.get(new, _GONE).phase != "LOADING", change.name, self._timeout)
+            loading = State("LOADING")
+            if not self._until(lambda found: found.get(new) != loading, change.name, self._timeout):
+                return
             if self._states(change.name).get(old, _GONE).phase != "READY":
                 self.control.load(model.config, self._timeout)
             gone = self._until(
@@ -268,8 +270,8 @@ class Rollout:
                 )
             if not self._until(_quiet, model.name, _SETTLE_S):
                 raise BusyError(
-                    f"{model.name}: a version before still answers what it has begun",
-                    next_step="wait for it, then run again",
+                    f"{model.name}: another version is still being loaded, or answers what it has begun",
+                    next_step="wait for it, then run again; where it never ends, restart the server",
                 )
             if self._states(model.name).get(model.version, _GONE).phase != "READY":
                 self._report(f"{model.name}: back to version {model.version}, a deploy was cut off")

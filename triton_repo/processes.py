@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -19,6 +20,9 @@ _PR_SET_PDEATHSIG = 1
 _STUB = b"triton_python_backend_stub"
 # Triton collects what ends because a model is unloaded within milliseconds, and what crashed never.
 _CRASHED_AFTER_S = 0.5
+# But one that dies while its version is being loaded it finds out about, and collects: in a second.
+_NOT_LOADED_AFTER_S = 2.0
+_SERVED = re.compile(r"\bversions: (\d+)")  # in a config.pbtxt
 # Of /proc/<pid>/stat, behind the name: the address of the command line; the wait status, once it has ended.
 _ARG_START, _EXIT_CODE = 45, 49
 
@@ -38,9 +42,11 @@ class ModelProcesses:
         self._server = server
         self._models: dict[int, str] = {}
         self._ended: dict[int, float] = {}
+        self._folders: dict[int, Path | None] = {}  # of their versions
 
     def crashed(self) -> DeadModel | None:
-        """The first that crashed half a second ago or more, if any. Ask several times a second."""
+        """The first that crashed half a second ago or more, if any; two seconds, where its version is not the
+        one that is to be served. Ask several times a second."""
         self._find()
         now = time.monotonic()
         for pid, model in list(self._models.items()):
@@ -49,7 +55,11 @@ class ModelProcesses:
                 # Collected: its model was unloaded.
                 del self._models[pid]
                 self._ended.pop(pid, None)
-            elif state[0] == "Z" and now - self._ended.setdefault(pid, now) >= _CRASHED_AFTER_S:
+                self._folders.pop(pid, None)
+            elif state[0] != "Z":
+                if pid not in self._folders:
+                    self._folders[pid] = _version(pid)
+            elif now - self._ended.setdefault(pid, now) >= _patience(self._folders.get(pid)):
                 return DeadModel(model, how_it_ended(os.waitstatus_to_exitcode(state[1])))
         return None
 
@@ -117,6 +127,26 @@ def _model(pid: int) -> str | None:
         return None
     # <repository>/<model>/<version>/model.py
     return Path(os.fsdecode(words[1])).parent.parent.name
+
+
+def _version(pid: int) -> Path | None:
+    """The version's folder that a living process of the Python backend runs."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    return Path(os.fsdecode(words[1])).parent if len(words) > 1 else None
+
+
+def _patience(version: Path | None) -> float:
+    """Seconds after its death for which a process of that version may be Triton's own business."""
+    if version is None:
+        return _CRASHED_AFTER_S
+    try:
+        served = _SERVED.search((version.parent / "config.pbtxt").read_text(encoding="utf-8"))
+    except OSError:
+        return _CRASHED_AFTER_S
+    return _CRASHED_AFTER_S if served is None or served[1] == version.name else _NOT_LOADED_AFTER_S
 
 
 def _state(pid: int) -> tuple[str, int] | None:

@@ -152,6 +152,7 @@ class Load:
     """Requests without a pause from several threads: raw ones, the project's client's, and streams."""
 
     def __init__(self, site: Site) -> None:
+        self._site = site
         self.grpc = site.server.urls["grpc"]
         self.vectors: list[tuple[str, int, np.ndarray[Any, Any]]] = []
         self.texts: list[str] = []
@@ -212,7 +213,9 @@ class Load:
         return lambda: self.texts.append(talk.text(text=PROMPT, max_tokens=TOKENS, ignore_eos=True))
 
     def _health(self) -> None:
+        """Neither a health check nor who watches the models' processes sees a fault."""
         time.sleep(0.01)
+        assert self._site.server.fault() is None
         with urllib.request.urlopen(f"http://{self._http}/v2/health/ready", timeout=30) as answer:
             assert answer.status == 200
 

@@ -382,7 +382,7 @@ def test_a_model_whose_last_requests_run_is_not_replaced_again(
     outcome = next(found for found in place.deploy() if found.name == "words")
     assert (outcome.new, outcome.drain_s) == (2, None)
     place.rebuild("words", "fp16", b"words 3")
-    with pytest.raises(BusyError, match="words: a version before still answers"):
+    with pytest.raises(BusyError, match="words: another version is still being loaded, or answers"):
         place.deploy()
     place.server.endless = False
     assert actions(place.deploy())["words"] == ("replace", 2, 3)

@@ -92,6 +92,23 @@ def test_an_unloaded_model_is_no_crash_and_then_nothing_runs(
     assert not models.running()
 
 
+@pytest.mark.parametrize("served", [1, 2])
+def test_a_version_that_dies_while_it_loads_is_left_to_triton_for_longer(
+    server: tuple[subprocess.Popen[str], int, int], tmp_path: Path, served: int
+) -> None:
+    process, first, _ = server
+    config = f"version_policy {{\n  specific {{\n    versions: {served}\n  }}\n}}\n"
+    (tmp_path / "vector" / "config.pbtxt").write_text(config)
+    models = ModelProcesses(process.pid)
+    assert models.crashed() is None
+    os.kill(first, signal.SIGKILL)
+    killed = time.monotonic()
+    while (dead := models.crashed()) is None:
+        time.sleep(0.05)
+    assert dead == DeadModel("vector", "signal SIGKILL")
+    assert (time.monotonic() - killed > 1.5) is (served == 2)
+
+
 def test_a_server_that_has_gone_has_no_processes() -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
