@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 from triton_repo.runtime import template
 from triton_repo.runtime.chat import ChatTemplate, TemplateRefused
 from triton_repo.runtime.texts import BadRequest
 
-# A run that takes longer than 2 s is a finding, so that the bound must be below.
-template.MAX_SECONDS = 0.5  # type: ignore[misc]
 INSTRUMENT = ("jinja2",)
 _MESSAGES = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Is the soup good?\n"}]
 SEEDS = [
@@ -99,13 +99,18 @@ WORDS = [
 ]
 
 
+# What takes longer than 2 s is a finding, so that the bound must be below.
+_SECONDS = 0.5
+
+
 def target(data: bytes) -> None:
     try:
         made = ChatTemplate(data.decode("utf-8", "replace"), {"bos_token": "<s>"})
     except TemplateRefused:
         return
-    try:
-        prompt = made.render(_MESSAGES)
-    except BadRequest:
-        return
+    with mock.patch.object(template, "MAX_SECONDS", _SECONDS):
+        try:
+            prompt = made.render(_MESSAGES)
+        except BadRequest:
+            return
     assert len(prompt) <= template.MAX_SIZE
