@@ -93,13 +93,13 @@ class Batcher:
         """The answers, in order; None when others are before them, or they are more than one short run.
 
         For the thread that also calls `submit`: whatever comes meanwhile waits for it to return, unseen by
-        the queue. So nothing is answered here that takes long, nor more than one while that is not known.
+        the queue. So nothing is answered here that takes long, or that may.
         """
         work = sum(map(self._work, tickets))
         with self._changed:
             if self._busy or self._queue or sum(ticket.rows for ticket in tickets) >= self._service.max_rows:
                 return None
-            if len(tickets) > 1 and self._queue.seconds_for(work) > _AT_ONCE_S:
+            if tickets and self._queue.seconds_for(work) > _AT_ONCE_S:
                 return None
         arrived = self._clock()
         answers = self._answers(tickets)
@@ -190,6 +190,8 @@ class Batcher:
             self._tally.queue.observe(started - ticket.arrived)
         answers = self._answers(here)
         with self._changed:
+            # The engine is free again; sending takes none of it.
+            self._busy = False
             self._queue.served(sum(map(self._work, here)), self._clock() - started)
         for ticket, answer in zip(here, answers, strict=True):
             self._end(ticket, answer)
