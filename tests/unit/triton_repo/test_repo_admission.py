@@ -12,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from triton_repo.runtime.admission import AdmissionQueue, Busy, Limits, _Rate, read_level, read_timeout
+from triton_repo.runtime.admission import (
+    _ELSEWHERE,
+    AdmissionQueue,
+    Busy,
+    Limits,
+    _Rate,
+    read_level,
+    read_timeout,
+)
 from triton_repo.runtime.texts import BadRequest
 
 
@@ -57,7 +65,8 @@ class Queueing(RuleBasedStateMachine):
         assert displaced == (youngest[1] if youngest else None)
         if youngest:
             self.waiting.remove(youngest)
-        self.waiting.append((place, self.number, self.clock.now + min(10.0, timeout)))
+        until = self.clock.now + (1 - _ELSEWHERE) * min(10.0, timeout)
+        self.waiting.append((place, self.number, until))
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
