@@ -65,27 +65,28 @@ class TritonPythonModel:
         self._batcher.start()
         self._reporter = Reporter(Publisher(self._pb, labels(args, instances)), self._batcher.snapshot)
 
-    def execute(self, requests: Sequence[Any]) -> list[Any] | None:
-        """One response per request, in order; or None, and they come later from another thread."""
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """One response per request, in order; None for one whose answer comes later, from another thread."""
         asked = [self._read(request) for request in requests]
         tickets = [ticket for ticket in asked if not isinstance(ticket, Exception)]
-        if (answers := self._batcher.answer_now(tickets)) is not None:
-            of = dict(zip(map(id, tickets), answers, strict=True))
-            return [
-                self._respond(request, of.get(id(found), found))
-                for request, found in zip(requests, asked, strict=True)
-            ]
-        waiting = []
-        for request, found in zip(requests, asked, strict=True):
-            exchange = self._exchange(self._pb, request, self._log)
-            if isinstance(found, Exception):
-                exchange.send(found)
-            else:
-                waiting.append((found, exchange))
-        self._batcher.submit(waiting)
-        return None
+        answers: list[Any] | None = self._batcher.answer_now(tickets)
+        if answers is None:
+            answers = self._batcher.submit(
+                [
+                    (ticket, self._exchange(self._pb, request, self._log))
+                    for request, ticket in zip(requests, asked, strict=True)
+                    if not isinstance(ticket, Exception)
+                ]
+            )
+        following = iter(answers)
+        return [
+            self._respond(request, found if isinstance(found, Exception) else next(following))
+            for request, found in zip(requests, asked, strict=True)
+        ]
 
     def _respond(self, request: Any, answer: Any) -> Any:
+        if answer is None:
+            return None
         if isinstance(answer, Exception):
             self._log.ended(answer, request.request_id())
         return self._to_response(self._pb, answer)

@@ -50,6 +50,7 @@ class Ticket:
     level: int = 0
     timeout_s: float = math.inf
     arrived: float = 0.0
+    work: float = 0.0
     exchange: Exchanges | None = None  # of one that waits
 
     @property
@@ -111,26 +112,33 @@ class Batcher:
             self._count(answer, arrived)
         return answers
 
-    def submit(self, tickets: Sequence[tuple[Ticket, Exchanges]]) -> None:
-        """Take them in or send them away; returns at once."""
-        rejected: list[tuple[Ticket, Busy]] = []
+    def submit(self, tickets: Sequence[tuple[Ticket, Exchanges]]) -> list[Busy | None]:
+        """Take them in; returns at once, for each: None if it waits, else why it may not, for the caller to
+        say."""
+        gone: list[Ticket] = []
         with self._changed:
-            for ticket, exchange in tickets:
-                ticket.arrived, ticket.exchange = self._clock(), exchange
-                try:
-                    if self._closing:
-                        raise unloading()
-                    gave_up = self._queue.offer(
-                        ticket, level=ticket.level, work=self._work(ticket), timeout_s=ticket.timeout_s
-                    )
-                except Busy as error:
-                    rejected.append((ticket, error))
-                    continue
-                if gave_up is not None:
-                    rejected.append((gave_up, displaced()))
+            reasons = [self._admit(ticket, exchange, gone) for ticket, exchange in tickets]
             self._changed.notify()
-        for ticket, reason in rejected:
-            self._end(ticket, reason)
+        for ticket in gone:
+            self._end(ticket, displaced())
+        for reason in filter(None, reasons):
+            self._tally.end(reason)
+        return reasons
+
+    def _admit(self, ticket: Ticket, exchange: Exchanges, gone: list[Ticket]) -> Busy | None:
+        """Let one wait, or say why not; who gives up its place for it joins `gone`."""
+        ticket.arrived, ticket.exchange, ticket.work = self._clock(), exchange, self._work(ticket)
+        if self._closing:
+            return unloading()
+        try:
+            gave_up = self._queue.offer(
+                ticket, level=ticket.level, work=ticket.work, timeout_s=ticket.timeout_s
+            )
+        except Busy as error:
+            return error
+        if gave_up is not None:
+            gone.append(gave_up)
+        return None
 
     def refuse(self, error: Exception) -> None:
         """Count a request that could not be made a ticket of."""
@@ -192,7 +200,7 @@ class Batcher:
         with self._changed:
             # The engine is free again; sending takes none of it.
             self._busy = False
-            self._queue.served(sum(map(self._work, here)), self._clock() - started)
+            self._queue.served(sum(ticket.work for ticket in here), self._clock() - started)
         for ticket, answer in zip(here, answers, strict=True):
             self._end(ticket, answer)
 

@@ -77,7 +77,9 @@ class Bench:
 
     def ask(self, text: str, **fields: Any) -> Exchange:
         exchange = Exchange()
-        self.batcher.submit([(ticket(text, **fields), exchange)])
+        (reason,) = self.batcher.submit([(ticket(text, **fields), exchange)])
+        if reason is not None:
+            exchange.send(reason)
         return exchange
 
     def hold(self) -> Exchange:
