@@ -37,8 +37,8 @@ def field(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Range]:
     except ServerError as error:
         pytest.skip(f"no tritonserver can run here: {error}")
     served.build()
-    with generator() as submit, served.serving() as server:
-        made = Range(server, submit)
+    with generator() as (submit, pid), served.serving() as server:
+        made = Range(server, submit, pid)
         made.load()
         wrong = outcomes(made.one_by_one().records)
         wrong.pop(ANSWERED)

@@ -21,7 +21,7 @@ from triton_repo.server import Server
 
 # Gauges that would grow with a queue: ours, and that of requests which Triton has not handed on.
 QUEUES = ("onecard_queue_requests", "nv_inference_pending_request_count")
-SERVER = "tritonserver"
+SERVER, GENERATOR = "tritonserver", "generator"
 _TICKS = os.sysconf("SC_CLK_TCK")
 _METRIC = re.compile(r'^(\w+)\{[^}]*?model="([^"]+)"[^}]*\} (\S+)$', re.MULTILINE)
 
@@ -41,11 +41,13 @@ class Sample:
 
 @dataclass(slots=True)
 class Observer:
-    """Looks every `every_s` seconds, from entering to leaving; `on_sample` is called on its thread."""
+    """Looks every `every_s` seconds, from entering to leaving; `on_sample` is called on its thread. `also`:
+    pids of processes beside the server whose processor time is wanted."""
 
     server: Server
     every_s: float = 1.0
     on_sample: Callable[[Sample], None] = lambda sample: None
+    also: Mapping[str, int] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
     _ended: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
@@ -88,7 +90,7 @@ class Observer:
         # Descriptors before the gauges, whose connection is one of them.
         resident = {name: resident_mib(pid) or 0.0 for name, pid in self._pids.items()}
         descriptors = {name: len(os.listdir(f"/proc/{pid}/fd")) for name, pid in self._pids.items()}
-        cpu = {name: _cpu_s(pid) for name, pid in self._pids.items()}
+        cpu = {name: _cpu_s(pid) for name, pid in (*self._pids.items(), *self.also.items())}
         shared, queues = shared_mib(self._pids[SERVER]), gauges(self.server.urls["metrics"])
         return Sample(time.monotonic(), resident, descriptors, cpu, shared, queues)
 

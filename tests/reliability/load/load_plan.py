@@ -12,7 +12,7 @@ from typing import Literal
 import load_pool as pool
 from load_figures import milliseconds, outcomes, work_rate
 from load_generator import ANSWERED, Loop, Plan, Record, Result
-from load_observer import SERVER, Observer
+from load_observer import GENERATOR, SERVER, Observer
 from load_served import ENCODERS, LLM, MODELS
 from load_work import Shot
 
@@ -52,6 +52,7 @@ class Range:
 
     server: Server
     submit: Callable[[Plan | Loop], Future[Result]]
+    generator_pid: int
     shots: list[Shot] = field(default_factory=list)
     places: dict[tuple[Kind, str], list[int]] = field(default_factory=dict)
 
@@ -65,6 +66,10 @@ class Range:
             self._add("unreadable", [pool.unreadable(usual[0])])
             self._add("left", pool.left(usual))
         self._add("refused", pool.refused())
+
+    def observer(self) -> Observer:
+        """To be entered: looks at the server, and at what the generator takes of its cores."""
+        return Observer(self.server, also={GENERATOR: self.generator_pid})
 
     def model(self, record: Record) -> str:
         return self.shots[record.shot].model
@@ -108,12 +113,12 @@ class Range:
     def capacity(self, seconds: float) -> Capacity:
         """Measured over `seconds`, behind a warm-up."""
         groups = [(self.places["usual", model], _CALLERS[model]) for model in MODELS]
-        with Observer(self.server) as seen:
+        with self.observer() as seen:
             result = self.closed(groups, _WARM_UP_S + seconds)
         begin, end = _WARM_UP_S, _WARM_UP_S + seconds
         records = [record for record in result.records if begin <= record.at + record.done < end]
         answered = {m: [r for r in self.of(records, m) if r.outcome == ANSWERED] for m in MODELS}
-        names = (SERVER, *MODELS)
+        names = (SERVER, *MODELS, GENERATOR)
         return Capacity(
             requests={model: len(found) / seconds for model, found in answered.items()},
             work={m: work_rate(found, self.work, begin, end) for m, found in answered.items()},
