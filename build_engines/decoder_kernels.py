@@ -168,7 +168,8 @@ class _CpuBuild:
 
     def _session(self, name: str) -> Any:
         try:
-            return onnx_session(self.out / name, settings=kernel_settings(self.kernels))
+            settings = kernel_settings(self.kernels, prefill=name == PREFILL_FILE)
+            return onnx_session(self.out / name, settings=settings)
         except EngineRefused as error:
             raise CompileError(f"the lowered graph does not open: {error}") from None
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from triton_repo.runtime.huge_pages import collapse_heap
 from triton_repo.runtime.rows import Rows
-from triton_repo.runtime.session import EngineRefused, checked_folder, onnx_session
+from triton_repo.runtime.session import EXACT_PRODUCTS, EngineRefused, checked_folder, onnx_session
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -29,7 +29,7 @@ _SHARED_CORES = {"session.force_spinning_stop": "1"}
 _REQUIRED = ("layers", "kv_heads", "head_dim", "vocabulary", "slots", "capacity", "chunk")
 
 
-def kernel_settings(kernels: Mapping[str, int] | None) -> dict[str, str]:
+def kernel_settings(kernels: Mapping[str, int] | None, *, prefill: bool = False) -> dict[str, str]:
     """ONNX Runtime's session options for INT8 weights: inputs that share an activation scale, arithmetic.
 
     "block": ONNX Runtime's default of 32 spends a tenth of a step on scales. "accuracy": 4 computes in INT8,
@@ -37,10 +37,13 @@ def kernel_settings(kernels: Mapping[str, int] | None) -> dict[str, str]:
     """
     if not kernels:
         return {}
-    return {
+    settings = {
         "session.qdq_matmulnbits_block_size": str(kernels["block"]),
         "session.qdq_matmulnbits_accuracy_level": str(kernels["accuracy"]),
     }
+    # Only the prefill graph has products of integers; in the other, MatMulNBits is exact as it is, and the
+    # option would make ONNX Runtime 1.31 give each matrix one zero point where its scales are by column.
+    return settings if prefill else settings | {EXACT_PRODUCTS: "0"}
 
 
 @dataclass(slots=True)
@@ -93,10 +96,12 @@ class DecoderEngine:
         missing = [key for key in _REQUIRED if not isinstance(manifest["serving"].get(key), int)]
         if missing:
             raise EngineRefused(f"{folder}: the manifest's serving part lacks {', '.join(missing)}")
-        settings = {**kernel_settings(manifest.get("kernels")), **_SHARED_CORES}
+        kernels = manifest.get("kernels")
+        settings = {**kernel_settings(kernels), **_SHARED_CORES}
         session = onnx_session(folder / manifest["engine"]["file"], threads, settings=settings)
         prefill = session
         if PREFILL_FILE in manifest["files"]:
+            settings = {**kernel_settings(kernels, prefill=True), **_SHARED_CORES}
             prefill = onnx_session(folder / PREFILL_FILE, threads, settings=settings)
         engine = cls(manifest, session, prefill)
         engine._warm_up()

@@ -34,6 +34,10 @@ _SLOW_FUSIONS = ["SkipLayerNormFusion"]
 _SPIN_US = 20
 
 
+# ONNX Runtime's option for processors whose fast u8 x s8 kernels overflow.
+EXACT_PRODUCTS = "session.x64quantprecision"
+
+
 class EngineRefused(Exception):
     """The engine folder is incomplete, altered, or made for something that is not here."""
 
@@ -182,10 +186,10 @@ def onnx_session(
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_US))
+    usual = {"session.intra_op.spin_duration_us": str(_SPIN_US)}
     if not _has_vnni():
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    for key, value in (settings or {}).items():
+        usual[EXACT_PRODUCTS] = "1"
+    for key, value in {**usual, **(settings or {})}.items():
         options.add_session_config_entry(key, value)
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

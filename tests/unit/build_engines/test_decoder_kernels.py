@@ -126,10 +126,9 @@ def test_the_served_engine_is_the_judged_one(graph: Path, tmp_path: Path) -> Non
         return report(True)
 
     made = build(graph, tmp_path / "engine", remember)
-    settings = kernel_settings(made["kernels"])
     decode, prefill = (
-        onnx_session(tmp_path / "engine" / name, settings=settings)
-        for name in ("engine.onnx", "prefill.onnx")
+        onnx_session(tmp_path / "engine" / name, settings=kernel_settings(made["kernels"], prefill=second))
+        for name, second in (("engine.onnx", False), ("prefill.onnx", True))
     )
     served = DecoderEngine({"serving": SERVING}, decode, prefill)
     np.testing.assert_array_equal(served.logits(PROMPT), seen[-1])

@@ -83,7 +83,8 @@ def engine(folder: Path, modes: dict[str, Any] | None = None, accuracy: int = 4)
     model = lower_decoder(widen_decoder(typed, folder), modes or {})
     path = folder / f"lowered{len(modes or {})}.onnx"
     onnx.save(model, str(path))
-    session = onnx_session(path, 1, settings=kernel_settings({"block": 32, "accuracy": accuracy}))
+    settings = kernel_settings({"block": 32, "accuracy": accuracy}, prefill=bool(modes))
+    session = onnx_session(path, 1, settings=settings)
     serving = {
         "slots": 4,
         "capacity": CAPACITY,
@@ -183,6 +184,20 @@ def test_positions_beyond_the_slot_are_refused_before_a_kernel_sees_them(source:
         lowered.prefill(0, [1] * 10, CAPACITY - 5)
     with pytest.raises(ValueError, match=f"do not fit {CAPACITY}"):
         lowered.decode([0], [1], [CAPACITY])
+
+
+def test_beside_integer_products_each_matrix_has_zero_points_of_its_own(quantized: Path) -> None:
+    """Without VNNI ONNX Runtime moves them to u8, and makes a wrong one where there is none."""
+    typed = onnx.load(str(quantized / "model.onnx"), load_external_data=False)
+    first, *others = int8_linears(typed)
+    model = lower_decoder(widen_decoder(typed, quantized), {first: "int8"})
+    values = {tensor.name: tensor for tensor in model.graph.initializer}
+    found = {n.name: list(n.input) for n in model.graph.node if n.op_type == "DequantizeLinear"}
+    assert set(found) == {f"{name}.dequantize" for name in others}
+    for _, scale, zeros in found.values():
+        assert not onnx.numpy_helper.to_array(values[zeros]).any()
+        assert values[zeros].dims == values[scale].dims
+    assert len({inputs[2] for inputs in found.values()}) == len(others)
 
 
 def test_int8_weights_keep_their_values_and_float_weights_their_bytes(quantized: Path) -> None:
