@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from build_engines.graphs import load_external
+from build_engines.targets.onnxruntime import give_zero_points
 
 if TYPE_CHECKING:
     import onnx
@@ -90,23 +91,9 @@ def lower_decoder(model: onnx.ModelProto, modes: Mapping[str, LinearMode]) -> on
     del graph.node[:]
     graph.node.extend(_Lowering(nodes, half, modes).nodes())
     if "int8" in modes.values():
-        _give_zero_points(graph)
+        give_zero_points(graph)
     finish_lowering(result)
     return result
-
-
-def _give_zero_points(graph: onnx.GraphProto) -> None:
-    """A zero point for each column's scale. Beside products of integers, and on a processor whose fast ones
-    overflow, ONNX Runtime makes all weights u8; where it has no zero points to move, it makes a wrong one."""
-    from onnx import numpy_helper
-
-    columns = {tensor.name: tensor.dims[0] for tensor in graph.initializer if tensor.name.endswith(".scale")}
-    for node in graph.node:
-        if node.op_type == "DequantizeLinear" and len(node.input) == 2:
-            # Of its own: ONNX Runtime does not look whether others read it too.
-            zeros = np.zeros(columns[node.input[1]], np.int8)
-            node.input.append(f"{node.name}.zeros")
-            graph.initializer.append(numpy_helper.from_array(zeros, node.input[2]))
 
 
 def _is_matrix(tensor: onnx.TensorProto) -> bool:

@@ -135,6 +135,7 @@ def lower_static_linears(model: onnx.ModelProto) -> onnx.ModelProto:
     del graph.node[:]
     for node in nodes:
         lowering.add(node)
+    give_zero_points(graph)
     used = {name for node in graph.node for name in node.input}
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
     del graph.initializer[:]
@@ -142,6 +143,23 @@ def lower_static_linears(model: onnx.ModelProto) -> onnx.ModelProto:
     if all(opset.domain != "com.microsoft" for opset in result.opset_import):
         result.opset_import.add(domain="com.microsoft", version=1)
     return result
+
+
+def give_zero_points(graph: onnx.GraphProto) -> None:
+    """Zero points of weights that stay DequantizeLinear, one for each scale.
+
+    Where a processor's fast u8 x s8 products overflow, ONNX Runtime makes such weights u8; one that has no
+    zero points to be moved it gives a single one, whatever its scales are (seen in 1.31).
+    """
+    from onnx import numpy_helper
+
+    scales = {tensor.name: tensor.dims for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear" and len(node.input) == 2:
+            # Its own: ONNX Runtime replaces it without a look at who else reads it.
+            zeros = np.zeros(scales[node.input[1]], np.int8)
+            node.input.append(f"{node.name}.zeros")
+            graph.initializer.append(numpy_helper.from_array(zeros, node.input[2]))
 
 
 class _Lowering:
