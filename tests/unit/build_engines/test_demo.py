@@ -7,11 +7,13 @@ import importlib.util
 import json
 import time
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from test_demo_llm import SMALL
 
-from build_engines import demo, finetune
+from build_engines import demo, demo_llm, finetune
 from build_engines.errors import DataError, GateError
 
 needs_weights = pytest.mark.skipif(
@@ -33,7 +35,15 @@ def visible(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module", autouse=True)
+def _small_llm() -> Iterator[None]:
+    """Two steps of the real one take ten seconds, and test_demo_llm.py trains it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo_llm, "LlmRecipe", lambda: SMALL)
+        yield
+
+
+@pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo")
     demo.write_demo_models(out, max_steps=2)
