@@ -66,8 +66,10 @@ bench-llm: setup ## measure a random Llama of 189 M parameters against Transform
 flagship: setup ## a random EEVE-shaped 10.8 B model to an INT8 TensorRT-RTX engine (45 GB of disk)
 	@$(BIN)/build-engines flagship build/flagship
 
+# Those of a server measure times, and have the cores to themselves.
 test: setup ## run all tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/test_imports.py tests/unit tests/fuzz
+	@$(BIN)/python -m pytest tests/serving tests/gpu
 
 chaos: setup ## kill, stop, fill and corrupt what a served stack needs, and measure what its clients see (5 minutes)
 	@$(BIN)/python -m pytest tests/reliability/chaos -s

@@ -76,10 +76,11 @@ def _to_eight_bit(model: Model) -> Model:
     if model.target:  # a checkpoint is served as it is stored
         return model
     smallest: Precision = "int8-weights" if model.task == "generate" else "int8"
-    kept = tuple(p for p in model.precisions if p in _EIGHT_BIT) or (smallest,)
+    listed = [p for p in model.precisions if p in _EIGHT_BIT]
+    kept = smallest if smallest in listed or not listed else listed[0]
     # An FP32 engine is not on the card: it stays.
     cpu: tuple[Precision, ...] = tuple(p for p in model.precisions if p == "fp32")
-    return replace(model, precisions=kept[:1] + cpu)
+    return replace(model, precisions=(kept, *cpu))
 
 
 def _eight_bit_words(model: Model, changed: Model) -> str:

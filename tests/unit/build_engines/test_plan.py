@@ -422,6 +422,18 @@ def test_every_proposal_really_fits_and_one_is_made_where_one_exists(stack: Stac
         assert proposals
 
 
+def test_of_two_eight_bit_precisions_the_smaller_is_proposed() -> None:
+    """They differ by kilobytes, and these may be what does not fit."""
+    from build_engines.proposals import propose
+
+    shape = ModelShape(family="bert", layers=44, hidden=640, ffn=2560, heads=10, vocabulary=44714,
+                       embedding=640, positions=8192, token_types=2, labels=2)  # fmt: skip
+    model = Model(name="m", task="classify", source="owner/name", shape=shape, max_batch=1, max_length=8,
+                  precisions=("int8-weights", "int8"))  # fmt: skip
+    stack = _stack(model, card=custom_card(24_000, "8.9"))
+    assert propose(stack, _shapes(stack))[0].stack.models["m"].precisions == ("int8",)
+
+
 def _smallest(model: Model) -> Model:
     if model.task != "generate":
         return replace(model, precisions=("int8",), max_batch=1, max_length=8, instances=1)
