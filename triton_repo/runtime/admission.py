@@ -31,8 +31,8 @@ _RATE_SECONDS = 2.0
 _MARGIN = 0.6
 # The share that goes by where no queue sees it: before a request is taken in, and behind its answer.
 _ELSEWHERE = 0.1
-# Who waited less may have found an idle model whose thread had to wake up.
-_NOTICEABLE_S = 0.002
+# Nobody is sent away by a rate that so few observations, of so few seconds, have told.
+_FEW, _FEW_SECONDS = 4, 1.0
 _LEAST_SHARE = 0.05
 
 
@@ -102,7 +102,7 @@ class AdmissionQueue(Generic[T]):
     """Waiting requests by priority, then by arrival. One caller at a time: the owner has the lock.
 
     `work` is in any unit that serving takes time in proportion to; the queue learns how many seconds a unit
-    takes from the times at which its owner comes back for more.
+    takes from the times at which its owner comes back for more, and from `served`.
     """
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
@@ -167,22 +167,18 @@ class AdmissionQueue(Generic[T]):
         """Remove the first ones for as long as `fits` says yes to the next: `most` at most, and no more than
         are served in about so many `seconds`, unless it is one."""
         taken: list[T] = []
-        work, waited, now, pace = [0.0] * len(self._levels), 0.0, self._clock(), self._rate.pace
+        work, now, pace = [0.0] * len(self._levels), self._clock(), self._rate.pace
         while len(taken) != most and (found := self._first()) is not None and fits(found[1]):
             place, item = found
             entry = self._levels[place][item]
             if taken and (sum(work) + entry.work) * pace > seconds:
                 break
             work[place] += entry.work
-            waited = max(waited, now - entry.arrived)
             self.discard(item, place)
             taken.append(item)
         if taken:
             if self._backlog:
                 self._rate.learn(self._taken, now - self._taken_at)
-            elif not pace and waited > _NOTICEABLE_S:
-                # The first crowd: what was taken before took at least as long as these have waited.
-                self._rate.learn(self._taken, waited)
             self._taken, self._taken_at, self._backlog = work, now, len(self) > 0
         return taken
 
@@ -251,9 +247,9 @@ class AdmissionQueue(Generic[T]):
         return youngest
 
     def _wait(self, place: int, work: float) -> float:
-        """Seconds until a request of this priority would be answered; 0 while nothing waits or is known."""
+        """Seconds until a request of this priority would be answered; 0 while that is not certain."""
         pace = self._rate.pace
-        if not (self._backlog and pace):
+        if not (self._backlog and self._rate.is_certain):
             return 0.0
         ahead = sum(self._work[: place + 1]) + work
         # What was taken last is being served: either it still needs a while, or it is late, and what comes
@@ -268,6 +264,12 @@ class _Rate:
     def __init__(self, levels: int) -> None:
         self._work = [0.0] * levels
         self._seconds = 0.0
+        self._count = 0
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether somebody may be sent away by it."""
+        return self._count >= _FEW or (self._count > 1 and self._seconds >= _FEW_SECONDS)
 
     @property
     def pace(self) -> float:
@@ -280,9 +282,11 @@ class _Rate:
         return max(1 - sum(self._work[:place]) / sum(self._work), _LEAST_SHARE)
 
     def learn(self, work: list[float], seconds: float) -> None:
-        kept = math.exp(-seconds / _RATE_SECONDS)
+        # The first work of a process loads what all later finds loaded: it counts until there is other.
+        kept = math.exp(-seconds / _RATE_SECONDS) if self._count > 1 else 0.0
         self._work = [old * kept + new for old, new in zip(self._work, work, strict=True)]
         self._seconds = self._seconds * kept + seconds
+        self._count += 1
 
 
 def displaced() -> Busy:

@@ -108,9 +108,9 @@ TestQueueing = Queueing.TestCase
 
 def busy(clock: Clock, queue: AdmissionQueue[Any], *, seconds: float, batch: int) -> None:
     """Somebody has been waiting for a while, and `batch` requests were taken every `seconds`."""
-    for _ in range(5 * batch):
+    for _ in range(8 * batch):
         queue.offer(object())
-    for _ in range(4):
+    for _ in range(7):
         queue.take(lambda item: True, most=batch)
         clock.now += seconds
 
@@ -134,6 +134,24 @@ def test_nothing_is_predicted_before_anyone_has_waited() -> None:
         queue.expired()
         queue.take(lambda item: True)
     queue.offer(object(), work=1e9)
+
+
+def test_a_slow_start_sends_nobody_away() -> None:
+    """The warm-up took a thousand times as long as what comes now."""
+    clock = Clock()
+    queue: AdmissionQueue[Any] = AdmissionQueue(Limits(deadline_s=10.0), clock)
+    queue.offer("warm-up")
+    queue.take(lambda item: True)
+    clock.now += 1.5
+    queue.served(1, 1.5)
+    for _ in range(32):
+        queue.offer(object())
+    for _ in range(200):
+        queue.take(lambda item: True, most=4)
+        clock.now += 0.006
+        for _ in range(4):
+            queue.offer(object())
+    assert queue.seconds_for(1) == pytest.approx(0.0015, rel=0.1)
 
 
 @pytest.mark.parametrize("deadline", [1.0, 2.0, 5.0])
