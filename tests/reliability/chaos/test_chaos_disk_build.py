@@ -85,7 +85,6 @@ def room(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Room]:
     folder.mkdir()
     if request.param == "files":
         yield ShortFiles(folder)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         return
     mount = ["mount", "-t", "tmpfs", "-o", f"size={2 * LARGEST},mode=700", "tmpfs", str(folder)]
     if subprocess.run(mount, check=False, capture_output=True).returncode:
