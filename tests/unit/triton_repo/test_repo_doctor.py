@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -169,6 +170,9 @@ def tritonserver(folder: Path, *options: str) -> Iterator[int]:
     binary.symlink_to("/bin/sh")
     command = [str(binary), "-c", "read line", "x", *options]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        # For a moment the new program runs and has no command line yet.
+        while not Path(f"/proc/{process.pid}/cmdline").read_bytes().startswith(os.fsencode(binary)):
+            time.sleep(0.001)
         yield process.pid
         process.kill()
 
