@@ -71,7 +71,7 @@ test: setup ## run all tests
 	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/test_imports.py tests/unit tests/fuzz
 	@$(BIN)/python -m pytest tests/serving tests/gpu
 
-chaos: setup ## kill, stop, fill and corrupt what a served stack needs, and measure what its clients see (5 minutes)
+chaos: setup ## kill, stop, fill and corrupt what a served stack needs, and measure what its clients see (3 minutes)
 	@$(BIN)/python -m pytest tests/reliability/chaos -s
 
 OVERLOAD_SECONDS ?= 120

@@ -33,7 +33,6 @@ _SLOW_FUSIONS = ["SkipLayerNormFusion"]
 # it; ONNX Runtime's default is much longer, and takes a third of the cores from the models beside this one.
 _SPIN_US = 20
 
-
 # ONNX Runtime's option for processors whose fast u8 x s8 kernels overflow.
 EXACT_PRODUCTS = "session.x64quantprecision"
 
