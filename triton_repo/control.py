@@ -15,7 +15,8 @@ from build_engines.errors import ServerError
 from triton_repo.running import Running
 from triton_repo.server_log import reason_of
 
-# How a stream's errors begin, which have no code, where the server takes no work now.
+# How the errors begin where the server takes no work now. A stream's have no code, and the code that others
+# have is also that of a server that is gone.
 _BUSY: Final = ("the queue is full", "the wait ")
 _CONTROL_S, _ANSWER_S = 30.0, 60.0
 
@@ -25,7 +26,7 @@ Phase = Literal["LOADING", "READY", "UNLOADING", "UNAVAILABLE"]
 
 
 class Busy(Exception):
-    """The server took no request: its queue is full, or it is gone."""
+    """The server took no request now: its queue is full, or the wait too long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,8 @@ class Control:
         name, key = running.admin_header
         self._admin = ((name, key),)
         self._url = running.urls["grpc"]
-        self._channel = grpc.insecure_channel(self._url)
+        # The environment's http_proxy is not for a server of our own: it would read the admin key.
+        self._channel = grpc.insecure_channel(self._url, options=[("grpc.enable_http_proxy", 0)])
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def close(self) -> None:
@@ -105,7 +107,8 @@ class Control:
         )
 
     def ask(self, name: str, version: int, inputs: Mapping[str, Input], *, batched: bool) -> Arrays:
-        """Outputs of one request to one version; `batched`: its tensors have a batch dimension (1).
+        """Outputs of one request to one version, none where the response cache has kept a rejection of it;
+        `batched`: its tensors have a batch dimension (1).
 
         Raises Busy where the server takes no work now, ServerError for any other failure.
         """
@@ -113,31 +116,33 @@ class Control:
 
         message = _message(name, version, inputs, batched=batched)
         try:
-            if batched:
-                answer = self._stub.ModelInfer(message, timeout=_ANSWER_S)
-            else:
-                (answer,) = self._answers(message)
+            answer = self._unary(message) if batched else self._streamed(message)
         except grpc.RpcError as error:
-            if error.code() == grpc.StatusCode.UNAVAILABLE:
-                raise Busy(str(error.details())) from None
-            raise ServerError(f"{name} version {version}: {reason_of(str(error.details()))}") from None
+            details = str(error.details())
+            if details.startswith(_BUSY):
+                raise Busy(details) from None
+            raise ServerError(f"{name} version {version}: {reason_of(details):.300}") from None
         if answer.model_version != str(version):
             raise ServerError(f"{name}: version {answer.model_version} answered for version {version}")
         return _outputs(answer)
 
-    def _answers(self, message: Any) -> list[Any]:
-        """A decoupled model's responses that have outputs."""
+    def _unary(self, message: Any) -> Any:
+        return self._stub.ModelInfer(message, timeout=_ANSWER_S)
+
+    def _streamed(self, message: Any) -> Any:
+        """A decoupled model's only response that has outputs."""
+        where = f"{message.model_name} version {message.model_version}"
         found = []
         for response in self._stub.ModelStreamInfer(iter([message]), timeout=_ANSWER_S):
             if response.error_message:
                 if response.error_message.startswith(_BUSY):
                     raise Busy(response.error_message)
-                raise ServerError(
-                    f"{message.model_name} version {message.model_version}: {response.error_message}"
-                )
+                raise ServerError(f"{where}: {response.error_message}")
             if response.infer_response.outputs:
                 found.append(response.infer_response)
-        return found
+        if len(found) != 1:
+            raise ServerError(f"{where}: {len(found)} answers instead of one")
+        return found[0]
 
     def _call(self, method: str, request: Any, timeout_s: float) -> Any:
         import grpc

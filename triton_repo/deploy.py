@@ -26,9 +26,10 @@ from triton_repo.engine_entries import Entry
 from triton_repo.room import Candidate, require_room
 from triton_repo.runtime import fingerprint
 from triton_repo.runtime.golden import read_golden
+from triton_repo.runtime.seal import CONFIG
 from triton_repo.served_probe import probe_served
 from triton_repo.summary import now, served_record, usable_bytes, write_evaluation, write_summary
-from triton_repo.versions import CONFIG, ServedModel, served_versions
+from triton_repo.versions import ServedModel, last_deployed, served_versions
 from triton_repo.writer import config_text, errors_of_ours, is_current, write_version
 
 _POLL_S = 0.05
@@ -111,6 +112,8 @@ class Rollout:
             require_room(list(models.values()), candidates, usable_bytes(stack))
             write_evaluation((entry.model for entry in entries), self.repository.parent)
             for change in changes:
+                if change.name in models:
+                    self._prune(models[change.name])
                 if change.entry:
                     served = served_record(stack, change.entry, self.repository.parent, written)
                     write_version(change.entry, self._aside / change.name, texts[change.name], served)
@@ -122,20 +125,19 @@ class Rollout:
     def rollback(self, model: str | None) -> Iterator[Outcome]:
         """Go back to the versions before the last deploy, or before the last one of `model`.
 
-        Raises RepositoryError where nothing is kept to go back to.
+        Raises RepositoryError where nothing is kept to go back to, or the last deploy is undone already.
         """
         with self._writing():
             models = served_versions(self.repository)
-            kept = {found.name: found.previous for found in models}
-            last = _last_deployed([found for found in models if kept[found.name]], model)
-            candidates = []
-            for found in last:
-                version = kept[found.name]
-                assert version is not None
-                candidates.append(Candidate.of(found.name, found.manifest(version), found.config_of(version)))
-            require_room(models, candidates, last[0].summary(last[0].version)["usable_bytes"])
-            for found in last:
-                change = Change(name=found.name, action="roll back", old=found.version, new=kept[found.name])
+            last = last_deployed(models, model)
+            candidates = [
+                Candidate.of(found.name, found.manifest(version), found.config_of(version))
+                for found, version in last
+            ]
+            usable = last[0][0].summary(last[0][0].version)["usable_bytes"]
+            require_room(models, candidates, usable)
+            for found, version in last:
+                change = Change(name=found.name, action="roll back", old=found.version, new=version)
                 outcome = self._replace(change, found)
                 self._summarize()
                 yield outcome
@@ -173,7 +175,7 @@ class Rollout:
             raise
         drained = self._drained(change.name, change.old)
         if change.entry is not None:
-            self._prune(model, {change.old, change.new})
+            self._prune(model)
         return Outcome(
             name=change.name, action=change.action, old=change.old, new=change.new, drain_s=drained, **taken
         )
@@ -185,7 +187,7 @@ class Rollout:
             with contextlib.suppress(ServerError):
                 self.control.unload(change.name)
                 self._until_gone(change.name, _SETTLE_S)
-            self._discard(model.folder)
+            self._put_aside(model.folder)
             raise
         return Outcome(name=change.name, action="add", old=None, new=change.new, **taken)
 
@@ -193,9 +195,9 @@ class Rollout:
         self._report(f"{change.name}: unloading")
         started = time.monotonic()
         self.control.unload(change.name)
+        # At once, or what starts or settles the server next would serve it again. Its process has read all.
+        self._put_aside(model.folder)
         gone = self._until_gone(change.name, _DRAIN_S)
-        if gone:  # otherwise the next deploy takes its files
-            self._discard(model.folder)
         seconds = round(time.monotonic() - started, 3) if gone else None
         return Outcome(name=change.name, action="remove", old=change.old, new=None, drain_s=seconds)
 
@@ -247,7 +249,7 @@ class Rollout:
                 lambda found: found.get(new, _GONE).phase == "UNAVAILABLE", change.name, _DRAIN_S
             )
             if gone and change.entry is not None:
-                self._discard(model.path(new))
+                self._discard(model, new)
 
     # --- all models -----------------------------------------------------------------------------------------
 
@@ -260,6 +262,12 @@ class Rollout:
     def _settle(self) -> None:
         """Nothing on its way, and every model at the version that config.pbtxt names: a command that was
         killed may have left the server at another."""
+        for name in self.control.states():
+            if not self._until(_quiet, name, _SETTLE_S):
+                raise BusyError(
+                    f"{name}: another version is still being loaded, or answers what it has begun",
+                    next_step="wait for it, then run again; where it never ends, restart the server",
+                )
         for model in served_versions(self.repository):
             if model.config.platform:
                 raise RepositoryError(
@@ -267,11 +275,6 @@ class Rollout:
                     "would have to change together",
                     next_step="stop the server, then: triton-repo write STACK --native and "
                     "triton-repo serve STACK",
-                )
-            if not self._until(_quiet, model.name, _SETTLE_S):
-                raise BusyError(
-                    f"{model.name}: another version is still being loaded, or answers what it has begun",
-                    next_step="wait for it, then run again; where it never ends, restart the server",
                 )
             if self._states(model.name).get(model.version, _GONE).phase != "READY":
                 self._report(f"{model.name}: back to version {model.version}, a deploy was cut off")
@@ -285,12 +288,13 @@ class Rollout:
         for entry in entries:
             model = models.get(entry.name)
             if model is None:
-                found.append(Change(name=entry.name, action="add", old=None, new=1, entry=entry))
+                new = self._next_version(entry.name)
+                found.append(Change(name=entry.name, action="add", old=None, new=new, entry=entry))
             elif is_current(entry, model):
                 version = model.version
                 found.append(Change(name=entry.name, action="keep", old=version, new=version))
             else:
-                new = self._next_version(model)
+                new = self._next_version(entry.name, model.kept)
                 found.append(
                     Change(name=entry.name, action="replace", old=model.version, new=new, entry=entry)
                 )
@@ -300,10 +304,10 @@ class Rollout:
                 found.append(Change(name=name, action="remove", old=model.version, new=None))
         return found
 
-    def _next_version(self, model: ServedModel) -> int:
+    def _next_version(self, name: str, kept: Sequence[int] = ()) -> int:
         """Greater than any that has answered: a number says which version an answer is of."""
-        answered = [version for version, state in self._states(model.name).items() if state.served]
-        return 1 + max([*model.kept, *answered])
+        answered = [version for version, state in self._states(name).items() if state.served]
+        return 1 + max([*kept, *answered], default=0)
 
     def _summarize(self) -> None:
         """stack.json by the versions that are served now."""
@@ -313,13 +317,24 @@ class Rollout:
         records.sort(key=lambda record: (record["model"], record["name"]))
         write_summary(records, self.repository.parent)
 
-    def _prune(self, model: ServedModel, kept: set[int]) -> None:
+    def _prune(self, model: ServedModel) -> None:
+        """Leave the version that is served and the one before it. A command that was killed may have left
+        more, and a version that never answered would be taken for one to go back to."""
         states = self._states(model.name)
+        kept = {model.version, model.previous}
         for version in model.kept:
             if version not in kept and states.get(version, _GONE).phase == "UNAVAILABLE":
-                self._discard(model.path(version))
+                self._discard(model, version)
 
-    def _discard(self, folder: Path) -> None:
+    def _discard(self, model: ServedModel, version: int) -> None:
+        """A version, and before it the warm-up files that no other one has: without its record they would be
+        strangers in the model's folder, and no version would load beside them."""
+        others = [model.beside(other) for other in model.kept if other != version]
+        for name in model.beside(version).difference(*others):
+            (model.folder / name).unlink(missing_ok=True)
+        self._put_aside(model.path(version))
+
+    def _put_aside(self, folder: Path) -> None:
         """Out of the repository at once; what is aside is removed at the end."""
         folder.rename(self._aside / f"{folder.parent.name}-{folder.name}-{time.monotonic_ns()}")
 
@@ -357,17 +372,3 @@ def _stays(change: Change) -> str:
     if change.old is None:
         return "it is not served; the other models are not affected"
     return f"version {change.old} serves on; nothing was lost"
-
-
-def _last_deployed(models: Sequence[ServedModel], name: str | None) -> list[ServedModel]:
-    """Of those that have a version to go back to: what was deployed together last, of one model or of all."""
-    written = {model.name: model.summary(model.version) for model in models}
-    chosen = [model for model in models if name in (None, written[model.name]["model"])]
-    if not chosen:
-        raise RepositoryError(
-            f"no earlier version of {name or 'any model'} is kept",
-            cause="nothing was deployed over what was written, or it was rolled back already",
-            next_step="build the engines to be served, then: triton-repo deploy STACK",
-        )
-    last = max(str(written[model.name]["written"]) for model in chosen)
-    return [model for model in chosen if written[model.name]["written"] == last]

@@ -12,6 +12,7 @@ from triton_repo.config_pbtxt import BatchingSpec, ConfigSpec, TensorSpec, Warmu
 
 # Short enough for every max_length, so that no model refuses its own warm-up.
 _WARMUP_TEXT = b"ok"
+# The versions of a model share a folder of these: another content would need another name.
 WARMUP_FILE = "text"
 
 

@@ -22,7 +22,8 @@ _PAUSE_S = 0.1
 def probe_served(control: ControlsModels, golden: Golden, name: str, version: int) -> int:
     """Ask one version every golden request; how many it answered, less than all only where it is overloaded.
 
-    Raises ServerError that names the request and the difference, not the text.
+    Raises ServerError that names the request and the difference, not the text; also where the version is not
+    ready any more when the patience with a busy server ends.
     """
     deadline = time.monotonic() + _PATIENCE_S
     distances: list[float] = []
@@ -30,15 +31,23 @@ def probe_served(control: ControlsModels, golden: Golden, name: str, version: in
     try:
         for index, recorded in enumerate(golden.requests):
             where = golden.where(index)
-            try:
-                distances.append(_distance(control, golden, recorded, (name, version), deadline))
-            except Busy:
-                return index
+            distance = _distance(control, golden, recorded, (name, version), deadline)
+            if distance is not None:
+                distances.append(distance)
         where = "its golden requests"
-        golden.judge(distances)
+        if distances:
+            golden.judge(distances)
     except Differs as error:
         raise ServerError(f"{name} version {version}: {where}: {error}") from None
+    if len(distances) < len(golden.requests):
+        _require_ready(control, name, version)
     return len(distances)
+
+
+def _require_ready(control: ControlsModels, name: str, version: int) -> None:
+    state = control.states().get(name, {}).get(version)
+    if state is None or state.phase != "READY":
+        raise ServerError(f"{name} version {version} stopped being served while it was asked")
 
 
 def _distance(
@@ -47,12 +56,17 @@ def _distance(
     recorded: Mapping[str, Any],
     served: tuple[str, int],
     deadline: float,
-) -> float:
+) -> float | None:
+    """None where the server had no room for this request."""
     if golden.task != "generate":
         answer = _asked(control, served, _encoder_inputs(recorded), deadline, batched=True)
+        if not answer:
+            return None
         return encoder_distance(golden.task, unpacked(recorded["answer"]), _values(golden, answer))
     fields = {name: _encoded(value) for name, value in generator_request(recorded).items()}
     answer = _asked(control, served, {**fields, "stream": False}, deadline, batched=False)
+    if not answer:
+        return None
     return generator_distance(recorded, answer["token_ids"].tolist(), answer["logprobs"].tolist())
 
 
@@ -64,12 +78,14 @@ def _asked(
     *,
     batched: bool,
 ) -> Arrays:
+    """Nothing where the server took no request until the deadline. A response cache has kept such a
+    rejection, and answers the same bytes with it, that is with nothing, from then on."""
     while True:
         try:
             return control.ask(*served, inputs, batched=batched)
         except Busy:
             if time.monotonic() > deadline:
-                raise
+                return {}
             time.sleep(_PAUSE_S)
 
 

@@ -7,16 +7,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from build_engines.errors import RepositoryError
 from triton_repo.config_pbtxt import parse
+from triton_repo.runtime.seal import CONFIG, read_record
+from triton_repo.runtime.session import EngineRefused
 
-CONFIG: Final = "config.pbtxt"
 SERVED: Final = "served.json"
 _AGAIN = "stop the server and write the repository again: triton-repo write STACK"
 
@@ -68,10 +71,49 @@ class ServedModel:
         """What served.json holds. Raises RepositoryError."""
         return _json(self.path(version) / SERVED)
 
+    def written(self, version: int) -> str:
+        """When a version was written: all of one deploy have the same, later ones a greater one."""
+        return str(self.summary(version)["written"])
+
+    def beside(self, version: int) -> set[str]:
+        """Files in the model's own folder that a version was written with, by name, its config left out."""
+        with contextlib.suppress(EngineRefused):  # no record: it does not load, with or without them
+            return set(read_record(self.path(version))[1]) - {CONFIG}
+        return set()
+
 
 def served_versions(repository: Path) -> list[ServedModel]:
     """Every Triton model of a repository, by name."""
     return [ServedModel(path.parent) for path in sorted(repository.glob(f"*/{CONFIG}"))]
+
+
+def last_deployed(models: Sequence[ServedModel], name: str | None) -> list[tuple[ServedModel, int]]:
+    """What was deployed together last, of all models or of the one called `name`, each with the version to go
+    back to.
+
+    Raises RepositoryError where there is none, or, of all models, that deploy is undone already.
+    """
+    chosen = [model for model in models if name in (None, model.summary(model.version)["model"])]
+    back = [(model, model.previous) for model in chosen]
+    found = [(model, version) for model, version in back if version is not None]
+    if not found:
+        raise RepositoryError(
+            f"no earlier version of {name or 'any model'} is kept",
+            cause="nothing was deployed over what was written, or it was rolled back already",
+            next_step="build the engines to be served, then: triton-repo deploy STACK",
+        )
+    if name:
+        last = max(model.written(model.version) for model, _ in found)
+    else:  # a version newer than the served one was rolled back, or never got so far
+        last = max(model.written(model.kept[-1]) for model in models)
+    found = [(model, version) for model, version in found if model.written(model.version) == last]
+    if not found:
+        raise RepositoryError(
+            "there is nothing to undo of the last deploy",
+            cause="it was rolled back already, was cut off, or only added models",
+            next_step="to go further back, name a model: triton-repo rollback STACK --model MODEL",
+        )
+    return found
 
 
 def version_of(config: Any) -> int:

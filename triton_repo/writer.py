@@ -33,9 +33,9 @@ from triton_repo.generators import generator_spec, warmup_files
 from triton_repo.native import check_native, native_parts
 from triton_repo.running import read_running
 from triton_repo.runtime import fingerprint
-from triton_repo.runtime.seal import RECORD, sealed
+from triton_repo.runtime.seal import CONFIG, RECORD, sealed
 from triton_repo.summary import now, served_record, write_evaluation, write_summary
-from triton_repo.versions import CONFIG, SERVED, ServedModel, served_versions, version_of
+from triton_repo.versions import SERVED, ServedModel, served_versions, version_of
 
 _PACKAGE = Path(__file__).parent
 

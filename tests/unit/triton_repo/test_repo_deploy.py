@@ -21,6 +21,7 @@ from repo_fakes import reseal
 
 from build_engines.errors import BusyError, PlanError, RepositoryError, ServerError
 from build_engines.stack import Stack, load_stack
+from triton_repo import writer
 from triton_repo.cli import main
 from triton_repo.config_pbtxt import parse
 from triton_repo.control import Arrays, Busy, Input, State
@@ -28,9 +29,10 @@ from triton_repo.deploy import Outcome, Rollout
 from triton_repo.engine_entries import find_entries
 from triton_repo.running import Running, write_running
 from triton_repo.runtime.golden import packed
+from triton_repo.runtime.seal import check_served
 from triton_repo.runtime.session import check_files, read_manifest
 from triton_repo.versions import ServedModel, served_versions, version_of
-from triton_repo.writer import write_repository
+from triton_repo.writer import seal, write_repository
 
 STACK = """
 name = "small"
@@ -54,7 +56,8 @@ max_length = 16
 
 class Server:
     """Model control as Triton does it. `refused`: versions that do not load; `answers`: what one says, by
-    version; `busy`: it takes no request; `endless`: what it has begun never ends."""
+    version; `busy`: it takes no request; `gone_when_asked`: it dies of one; `endless`: what it has begun
+    never ends."""
 
     def __init__(self, repository: Path) -> None:
         self.repository = repository
@@ -64,6 +67,7 @@ class Server:
         self.refused: set[tuple[str, int]] = set()
         self.answers: dict[int, Arrays] = {}
         self.busy = False
+        self.gone_when_asked = False
         self.endless = False
         self.loads: list[tuple[str, int]] = []
 
@@ -97,6 +101,8 @@ class Server:
             self.versions[name][version] = State("UNLOADING")
 
     def ask(self, name: str, version: int, inputs: Mapping[str, Input], *, batched: bool) -> Arrays:
+        if self.gone_when_asked:  # and supervised: it is back with what the disk says
+            self.versions[name] = {version_of(ServedModel(self.repository / name).config): State("READY")}
         if self.busy:
             raise Busy("the queue is full")
         assert self.versions[name][version].phase == "READY"
@@ -310,6 +316,78 @@ def test_an_overloaded_server_is_no_reason_to_stay(place: Place, monkeypatch: py
     assert (outcome.new, outcome.probed, outcome.golden) == (2, 0, 1)
 
 
+def test_a_server_that_dies_while_it_is_asked_stays_at_the_old_version(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new version never answered, so it is not taken up, whatever a server says that starts."""
+    monkeypatch.setattr("triton_repo.served_probe._PATIENCE_S", 0.2)
+    with_golden(place)
+    place.server.busy = place.server.gone_when_asked = True
+    with pytest.raises(ServerError, match="sentiment version 2 stopped being served while it was asked"):
+        place.deploy()
+    assert place.on_disk()["sentiment"] == (1, [1])
+    assert place.server.serving()["sentiment"] == [1]
+
+
+def test_a_rejection_that_the_cache_keeps_is_no_answer(place: Place) -> None:
+    """Triton answers the same bytes with no outputs from then on."""
+    with_golden(place)
+    place.server.answers[2] = {}
+    outcome = next(found for found in place.deploy() if found.name == "sentiment")
+    assert (outcome.new, outcome.probed, outcome.golden) == (2, 0, 1)
+
+
+def test_what_killed_deploys_left_behind_goes_with_the_next(place: Place) -> None:
+    """One before it had switched, and one right behind it: neither version is one to go back to."""
+    for number in (2, 3):
+        place.rebuild("words", "fp16", b"words %d" % number)
+        place.deploy()
+    folder = place.repository / "words"
+    shutil.copytree(folder / "2", folder / "1")
+    shutil.copytree(folder / "3", folder / "7")
+    (folder / "warmup" / "other").write_text("of version 7")
+    seal(folder / "7")
+    assert actions(place.deploy())["words"] == ("keep", 3, 3)
+    assert place.on_disk()["words"] == (3, [2, 3])
+    assert sorted(path.name for path in (folder / "warmup").iterdir()) == ["text"]
+    check_served(folder / "3")
+    assert leftovers(place.folder) == []
+
+
+def test_a_version_that_is_refused_takes_its_own_warm_up_along(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the old version would find a stranger beside it, and refuse to load."""
+    write = writer._write_warmup
+    monkeypatch.setattr(writer, "_write_warmup", lambda at, files: write(at, {**files, "more": b"x"}))
+    place.rebuild("words", "fp16", b"bad")
+    place.server.refused.add(("words", 2))
+    with pytest.raises(ServerError, match="version 2 was not taken up"):
+        place.deploy()
+    check_served(place.repository / "words" / "1")
+
+
+def test_a_removed_model_does_not_come_back_while_its_last_requests_run(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("triton_repo.deploy._DRAIN_S", 0.1)
+    monkeypatch.setattr("triton_repo.deploy._SETTLE_S", 0.1)
+    path = place.folder / "stack.toml"
+    path.write_text(STACK.replace('["int8", "fp16"]', '["int8"]'))
+    place.server.endless = True
+    outcome = place.deploy()[-1]
+    assert (outcome.name, outcome.action, outcome.drain_s) == ("sentiment-fp16", "remove", None)
+    assert not (place.repository / "sentiment-fp16").exists()
+    with pytest.raises(BusyError, match="sentiment-fp16: another version is still"):
+        place.deploy()
+    place.server.endless = False
+    place.deploy()
+    assert place.server.loads == []
+    # Its number has answered requests.
+    path.write_text(STACK)
+    assert actions(place.deploy())["sentiment-fp16"] == ("add", None, 2)
+
+
 def test_rollback_undoes_the_last_deploy_and_no_other(place: Place) -> None:
     first = place.served("sentiment")
     place.rebuild("words", "fp16", b"words 2")
@@ -320,7 +398,11 @@ def test_rollback_undoes_the_last_deploy_and_no_other(place: Place) -> None:
     assert place.served("sentiment") == first
     assert place.served("words") == b"words 2"
     assert place.server.serving() == {"sentiment": [1], "sentiment-fp16": [1], "words": [2]}
-    assert actions(list(place.rollout().rollback(None))) == {"words": ("roll back", 2, 1)}
+    # Repeated by accident it undoes no other deploy; that takes the model's name.
+    with pytest.raises(RepositoryError, match="nothing to undo of the last deploy"):
+        list(place.rollout().rollback(None))
+    assert place.server.serving() == {"sentiment": [1], "sentiment-fp16": [1], "words": [2]}
+    assert actions(list(place.rollout().rollback("words"))) == {"words": ("roll back", 2, 1)}
     with pytest.raises(RepositoryError, match="no earlier version of any model is kept"):
         list(place.rollout().rollback(None))
     # What was rolled back is not served by accident, and its number not given again.
