@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import re
 import signal
@@ -15,6 +16,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from build_engines.errors import ServerError
 
 _PR_SET_PDEATHSIG = 1
 _STUB = b"triton_python_backend_stub"
@@ -26,6 +29,22 @@ _NOT_LOADED_AFTER_S = 2.0
 _SERVED = re.compile(r"\bversions: (\d+)")  # in a config.pbtxt
 # Of /proc/<pid>/stat, behind the name: the address of the command line; the wait status, once it has ended.
 _ARG_START, _EXIT_CODE = 45, 49
+
+# Why the system refuses what a start needs: in general, and to run a program.
+_CAUSES = {
+    errno.ENOSPC: "the disk, or the folder for temporary files (TMPDIR), is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "it is mounted read-only",
+    errno.EMFILE: "this process has as many files open as it may (ulimit -n)",
+    errno.ENFILE: "the machine has as many files open as it may",
+    errno.ENOMEM: "no memory is left",
+    errno.EAGAIN: "there are as many processes as this user may have (ulimit -u)",
+}
+_PROGRAM_CAUSES = {
+    errno.EACCES: "it is not executable, or its file system is mounted noexec",
+    errno.ENOEXEC: "it is no program, or one for another kind of machine",
+    errno.ENOENT: "it, or the interpreter that it names, is not there",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +98,25 @@ class ModelProcesses:
 def how_it_ended(code: int) -> str:
     """An exit code in words; a negative one is a signal."""
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def not_run(binary: Path, error: OSError) -> ServerError:
+    """The error for a server's binary that the system does not run."""
+    return ServerError(
+        f"{binary} cannot be run: {error.strerror or error}",
+        cause=(_PROGRAM_CAUSES | _CAUSES).get(error.errno or 0),
+        next_step="name a tritonserver that runs here with --tritonserver, or see build-engines doctor",
+    )
+
+
+def not_started(error: OSError) -> ServerError:
+    """The error for anything else that the system refuses while a server is started."""
+    where = f"{error.filename}: " if error.filename else ""
+    return ServerError(
+        f"the server cannot be started: {where}{error.strerror or error}",
+        cause=_CAUSES.get(error.errno or 0),
+        next_step="mend that and start it again; build-engines doctor tells what else this machine lacks",
+    )
 
 
 def hide(pid: int, secret: str) -> bool:

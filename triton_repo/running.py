@@ -1,13 +1,16 @@
 """The server that runs on a repository, for other commands to find: its process, addresses and admin key.
 
 `triton-repo serve` writes `server.json` beside the repository, readable by its owner alone, and removes it
-when it stops. One that a killed server left behind is recognised: its process is gone.
+when it stops. One that a killed server left behind is recognised: its process is gone. The folder that it is
+in, where the log is too, is one server's: `claim` keeps a second one away.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -56,6 +59,28 @@ def state_file(repository: Path) -> Path:
     return repository.resolve().parent / _FILE
 
 
+def claim(repository: Path) -> int | None:
+    """Hold the state file's folder for one server, as long as the descriptor is open: the kernel closes that
+    of a process that dies. Raises ServerError when another server has it.
+
+    None where nothing is held: several servers may share a folder that nothing can be written to, and a
+    network file system may lock no folder.
+    """
+    folder = state_file(repository).parent
+    if not os.access(folder, os.R_OK | os.W_OK):
+        return None
+    # The folder itself: a lock file would be left behind, and another user's could not be opened.
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise _taken(folder) from None
+        return None
+    return descriptor
+
+
 def write_running(running: Running) -> None:
     """Replace the state file beside its repository atomically, mode 0600. Raises OSError where it cannot."""
     write_text(state_file(Path(running.repository)), json.dumps(asdict(running)) + "\n", mode=0o600)
@@ -80,6 +105,22 @@ def read_running(repository: Path) -> Running:
     if cause:
         raise ServerError(f"no server runs on {repository}", cause=cause, next_step=_START)
     return running
+
+
+def _taken(folder: Path) -> ServerError:
+    """Who has claimed the folder, as far as its state file tells."""
+    who = f"another server is being started or stopped in {folder}"
+    with contextlib.suppress(ServerError):
+        other = _read(folder / _FILE)
+        if _born(other.pid) == other.born:
+            addresses = ", ".join(f"{name} {url}" for name, url in other.urls.items())
+            who = f"a server runs on {other.repository} already: process {other.pid}, {addresses}"
+    return ServerError(
+        who,
+        cause=f"{_FILE} and the log in {folder} are one server's",
+        next_step="stop that `triton-repo serve`, replace its models (triton-repo deploy STACK), "
+        "or serve a repository in another folder",
+    )
 
 
 def _read(path: Path) -> Running:

@@ -7,6 +7,7 @@ with Server(Path("build/demo/repository"), ServerOptions(free_ports=True)) as se
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from triton_repo import ports, running, server_log, shared_memory
 from triton_repo.installation import Installation, find_installation
 from triton_repo.log_file import LogFile, LogFormat
 from triton_repo.ports import Ports
-from triton_repo.processes import ModelProcesses, die_with_parent, hide, how_it_ended
+from triton_repo.processes import ModelProcesses, die_with_parent, hide, how_it_ended, not_run, not_started
 from triton_repo.repository import all_in_python, served_models, uses_cache
 from triton_repo.running import Running
 
@@ -42,6 +43,10 @@ _DRAIN_BESIDE_A_DEAD_MODEL_S = 3.0
 # What changes the server or writes where its caller says: these need the admin key. Health, metadata, model
 # configurations, inference, statistics and metrics stay open.
 RESTRICTED = ("model-repository", "shared-memory", "trace", "logging")
+
+# A server of our own is never reached through a proxy, which would read the admin key: the environment's
+# http_proxy is meant for other machines.
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 Progress = Callable[[int, int], None]
 
@@ -80,6 +85,7 @@ class Server:
         self._prefix = ""
         self._key = ""
         self._work: Path | None = None
+        self._claim: int | None = None
 
     @property
     def pid(self) -> int | None:
@@ -99,8 +105,8 @@ class Server:
     def start(self, progress: Progress | None = None) -> Self:
         """Start and wait until every model is ready; `progress(ready, total)` is called as they load.
 
-        Raises ServerError: nothing to serve with, a port taken, a model that failed to load and why, or not
-        ready in time. Nothing is left running then.
+        Raises ServerError: another server there, nothing to serve with, a port taken, a model that failed to
+        load and why, not ready in time, or what the system refused. Nothing is left running then.
         """
         self._start(progress, free_ports=self.options.free_ports)
         return self
@@ -118,6 +124,9 @@ class Server:
         if self._work is not None:
             shutil.rmtree(self._work, ignore_errors=True)
             self._work = None
+        if self._claim is not None:
+            os.close(self._claim)
+            self._claim = None
 
     def poll(self) -> int | None:
         """The exit code once the process has ended, else None."""
@@ -163,27 +172,34 @@ class Server:
         self.stop()
 
     def _start(self, progress: Progress | None, *, free_ports: bool) -> None:
+        try:
+            self._claim = running.claim(self.repository)
+            self._serve(progress, free_ports=free_ports)
+        except OSError as error:
+            self.stop(0)
+            raise not_started(error) from error
+        except BaseException:
+            self.stop(0)
+            raise
+
+    def _serve(self, progress: Progress | None, *, free_ports: bool) -> None:
         shared_memory.remove_stale()
         shared_memory.check_room(sum(self.models.values()))
         self._in_python = all_in_python(self.repository)
         self._work = Path(tempfile.mkdtemp(prefix="onecard-server-"))
-        try:
-            installation = find_installation(self._work, self.options.binary)
-            for attempt in range(_ATTEMPTS):
-                if free_ports:
-                    self.ports = ports.free_ports(self.options.host)
-                else:
-                    ports.check(self.options.host, self.ports)
-                self._launch(installation)
-                if self._until_ready(progress, retry=free_ports and attempt + 1 < _ATTEMPTS):
-                    self._record()
-                    if self._processes:
-                        self._processes.find()
-                    return
-                self._end_process(0)
-        except BaseException:
-            self.stop(0)
-            raise
+        installation = find_installation(self._work, self.options.binary)
+        for attempt in range(_ATTEMPTS):
+            if free_ports:
+                self.ports = ports.free_ports(self.options.host)
+            else:
+                ports.check(self.options.host, self.ports)
+            self._launch(installation)
+            if self._until_ready(progress, retry=free_ports and attempt + 1 < _ATTEMPTS):
+                self._record()
+                if self._processes:
+                    self._processes.find()
+                return
+            self._end_process(0)
         raise ServerError("no free ports after several attempts", next_step="choose ports by hand")
 
     def _launch(self, installation: Installation) -> None:
@@ -201,8 +217,12 @@ class Server:
                 start_new_session=True,
                 preexec_fn=die_with_parent(),  # noqa: PLW1509 - one system call, no allocation
             )
+        except OSError as error:
+            raise not_run(installation.binary, error) from error
         finally:
             self._log_file.opened()
+            if self._process is None:
+                self._log_file.close()
         self._processes = ModelProcesses(self._process.pid)
 
     def _record(self) -> None:
@@ -276,9 +296,9 @@ class Server:
     def _says(self, what: str, timeout_s: float) -> bool:
         url = f"http://{self.urls['http']}/v2/health/{what}"
         try:
-            with urllib.request.urlopen(url, timeout=timeout_s) as answer:
+            with _DIRECT.open(url, timeout=timeout_s) as answer:
                 return bool(answer.status == 200)
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return False
 
     def _start_error(self, log: str) -> ServerError:
@@ -339,12 +359,12 @@ class Server:
     def _unload_all(self) -> None:
         """Have every model end with the last request it has taken. A server that cannot be asked is stopped
         all the same."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
             for model in json.loads(self._control("index")):
                 self._control(f"models/{model['name']}/unload")
 
     def _control(self, what: str) -> bytes:
         url = f"http://{self.urls['http']}/v2/repository/{what}"
         request = urllib.request.Request(url, b"{}", dict([self.admin_header]))
-        with urllib.request.urlopen(request, timeout=_CONTROL_S) as answer:
+        with _DIRECT.open(request, timeout=_CONTROL_S) as answer:
             return bytes(answer.read())
