@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from triton_repo import server_log
 LogFormat = Literal["text", "json"]
 # <name>.1 is the newest of those before the present one.
 KEPT = 5
-_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
+_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
 _CLOSE_S = 2.0
 
 
@@ -24,6 +25,7 @@ class LogFile:
 
     def __init__(self, path: Path, form: LogFormat) -> None:
         """Rotate the logs of earlier starts and open a new one. Raises ServerError where that cannot be."""
+        _check(path)
         self.path = path
         self._converter: subprocess.Popen[bytes] | None = None
         try:
@@ -36,7 +38,11 @@ class LogFile:
                 next_step="name another file with --log",
             ) from error
         if form == "json":
-            self._convert()
+            try:
+                self._convert()
+            except OSError:
+                self.opened()
+                raise
 
     def opened(self) -> None:
         """The server has the descriptor: close our own, so that the log ends when the server does."""
@@ -58,17 +64,38 @@ class LogFile:
     def _convert(self) -> None:
         reader, writer = os.pipe()
         environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parent.parent))
-        self._converter = subprocess.Popen(
-            [sys.executable, "-P", "-m", "triton_repo.json_log"],
-            stdin=reader,
-            stdout=self.descriptor,
-            env=environment,
-            # Its own session: a signal at the terminal, and the end of the server's group, leave it alone.
-            start_new_session=True,
-        )
-        os.close(reader)
+        try:
+            self._converter = subprocess.Popen(
+                [sys.executable, "-P", "-m", "triton_repo.json_log"],
+                stdin=reader,
+                stdout=self.descriptor,
+                env=environment,
+                # Its own session: a signal at the terminal, and the end of the server's group, leave it be.
+                start_new_session=True,
+            )
+        except OSError:
+            os.close(writer)
+            raise
+        finally:
+            os.close(reader)
         os.close(self.descriptor)
         self.descriptor = writer
+
+
+def _check(path: Path) -> None:
+    """Refuse what cannot be emptied, rotated and read back, as a log is: a link, a pipe, a terminal."""
+    try:
+        mode = path.lstat().st_mode
+    except OSError:  # not there yet, or the reason comes when it is opened
+        return
+    if stat.S_ISREG(mode):
+        return
+    what = "a link" if stat.S_ISLNK(mode) else "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+    raise ServerError(
+        f"the log {path} is {what}: it has to be a file",
+        cause="it is read back while the models load, and set aside at the next start",
+        next_step="leave --log out or name a file, and follow it: tail -F FILE",
+    )
 
 
 def _rotate(path: Path) -> None:
