@@ -80,14 +80,17 @@ class Supervisor:
 
     def __post_init__(self) -> None:
         self._budget = CrashBudget(self.policy)
-        self._heard = time.monotonic()
-        self._listen_at = self._heard
+        # Not before it is asked for the first time: models may take minutes to load.
+        self._heard: float | None = None
+        self._listen_at = 0.0
 
     def fault(self) -> ServerError | None:
         """Why the server no longer serves: what `Server.fault` knows, or that it has gone silent."""
         if found := self.server.fault():
             return found
         now = time.monotonic()
+        if self._heard is None:
+            self._heard = now
         if now < self._listen_at:
             return None
         if self.server.answers():

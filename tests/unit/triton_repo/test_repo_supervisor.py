@@ -143,6 +143,18 @@ def test_it_gives_up_with_the_last_reason_and_the_logs(clock: Time) -> None:
     assert "tritonserver.log.1" in text
 
 
+def test_the_silence_of_a_long_start_counts_for_nothing(clock: Time) -> None:
+    server = Dying(clock)
+    keeper, _ = supervised(server, silent_s=10.0)
+    clock.now += 300  # its models are loaded meanwhile
+    server.lives = False
+    assert keeper.fault() is None
+    clock.now += 9
+    assert keeper.fault() is None
+    clock.now += 1
+    assert keeper.fault() is not None
+
+
 def test_a_server_that_is_silent_for_long_is_a_fault_and_gets_no_time_to_drain(clock: Time) -> None:
     server = Dying(clock, None)
     keeper, _ = supervised(server, silent_s=10.0)
