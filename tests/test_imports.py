@@ -77,6 +77,7 @@ ACROSS: dict[str, set[str]] = {
     "calibration": {"build_engines.errors"},
     "client": set(),
     "triton_repo": {"build_engines.errors", "build_engines.stack"},
+    "triton_repo.cli": {"build_engines.__version__", "build_engines.errors", "build_engines.stack"},
     "triton_repo.doctor": {"build_engines.errors", "build_engines.findings", "build_engines.stack"},
     "triton_repo.running": {"build_engines.atomic", "build_engines.errors"},
     "triton_repo.deploy": {"build_engines.atomic", "build_engines.errors", "build_engines.stack"},

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from build_engines import __version__
 from build_engines.errors import OnecardError, ServerError
 from triton_repo.cli_deploy import deploy, repository_of, rollback
 from triton_repo.container import IMAGE, docker_command
@@ -44,22 +45,26 @@ class _Terminated(Exception):
     """SIGTERM arrived: stop in order."""
 
 
+def _port_option(service: str, default: int, words: str) -> Callable[..., Any]:
+    kind = click.IntRange(1, 65535)
+    return click.option(f"--{service}-port", type=kind, default=default, show_default=True, help=words)
+
+
 def _server_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options shared by every command that is about a server."""
     defaults = Ports()
     for option in (
         click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
-        click.option("--http-port", type=click.IntRange(1, 65535), default=defaults.http, show_default=True),
-        click.option("--grpc-port", type=click.IntRange(1, 65535), default=defaults.grpc, show_default=True),
-        click.option(
-            "--metrics-port", type=click.IntRange(1, 65535), default=defaults.metrics, show_default=True
-        ),
+        _port_option("http", defaults.http, "Port for HTTP, health too."),
+        _port_option("grpc", defaults.grpc, "Port for gRPC."),
+        _port_option("metrics", defaults.metrics, "Port for Prometheus."),
     ):
         command = option(command)
     return command
 
 
-@click.group(cls=_Group)
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
 def main() -> None:
     """Engines into a Triton model repository, and a running Triton server.
 
@@ -125,10 +130,16 @@ def write(stack: Path, target: str | None, as_json: bool, **options: Any) -> Non
 @_server_options
 @click.option("--free-ports", is_flag=True, help="Take any free ports instead.")
 @click.option(
-    "--ready-timeout", type=click.FloatRange(min=1), default=300, show_default=True, help="Seconds."
+    "--ready-timeout",
+    type=click.FloatRange(min=1),
+    default=300,
+    show_default=True,
+    help="Seconds that the models may take to load.",
 )
 @click.option(
-    "--log", type=click.Path(dir_okay=False, path_type=Path), help="Default: beside the repository."
+    "--log",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A file [default: tritonserver.log beside the repository].",
 )
 @click.option(
     "--log-format",
@@ -145,7 +156,11 @@ def write(stack: Path, target: str | None, as_json: bool, **options: Any) -> Non
     help="Seconds that requests in flight get when the server is told to stop.",
 )
 @click.option("--supervise", is_flag=True, help="Bring a dead server back, up to 4 times in 10 minutes.")
-@click.option("--tritonserver", type=click.Path(exists=True, path_type=Path), help="The binary to run.")
+@click.option(
+    "--tritonserver",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The binary to run [default: the one on PATH, else that of nvidia-pytriton].",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object once ready, and at each restart.")
 def serve(repository: Path, command: tuple[str, ...], supervise: bool, as_json: bool, **options: Any) -> None:
     """Serve REPOSITORY (a folder, or a stack file whose repository is written) until interrupted.
@@ -286,6 +301,9 @@ def _run_command(server: Server, command: tuple[str, ...], keeper: Supervisor | 
     environment |= {f"ONECARD_URL_{name.upper()}": url for name, url in server.urls.items()}
     environment["ONECARD_SERVER_PID"] = str(server.pid)
     environment["ONECARD_STACK_JSON"] = str(server.repository.absolute().parent / "stack.json")
+    # As if the virtual environment were activated: `client` is found there.
+    scripts = str(Path(sys.executable).parent)
+    environment["PATH"] = os.pathsep.join([scripts, environment.get("PATH", os.defpath)])
     try:
         process = subprocess.Popen(command, env=environment)
     except OSError as error:
