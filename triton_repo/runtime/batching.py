@@ -51,7 +51,7 @@ class Ticket:
     timeout_s: float = math.inf
     arrived: float = 0.0
     work: float = 0.0
-    exchange: Exchanges | None = None  # of one that waits
+    exchange: Exchanges | None = None  # of one that waits for its answer
 
     @property
     def rows(self) -> int:
@@ -96,7 +96,7 @@ class Batcher:
         For the thread that also calls `submit`: whatever comes meanwhile waits for it to return, unseen by
         the queue. So nothing is answered here that takes long, or that may.
         """
-        work = sum(map(self._work, tickets))
+        work = sum(map(self._measure, tickets))
         with self._changed:
             if self._busy or self._queue or sum(ticket.rows for ticket in tickets) >= self._service.max_rows:
                 return None
@@ -127,12 +127,12 @@ class Batcher:
 
     def _admit(self, ticket: Ticket, exchange: Exchanges, gone: list[Ticket]) -> Busy | None:
         """Let one wait, or say why not; who gives up its place for it joins `gone`."""
-        ticket.arrived, ticket.exchange, ticket.work = self._clock(), exchange, self._work(ticket)
+        ticket.arrived, ticket.exchange = self._clock(), exchange
         if self._closing:
             return unloading()
         try:
             gave_up = self._queue.offer(
-                ticket, level=ticket.level, work=ticket.work, timeout_s=ticket.timeout_s
+                ticket, level=ticket.level, work=self._measure(ticket), timeout_s=ticket.timeout_s
             )
         except Busy as error:
             return error
@@ -149,7 +149,7 @@ class Batcher:
         return {**self._queue.snapshot(), **self._tally.snapshot(), **self._service.snapshot()}
 
     def close(self) -> None:
-        """Answer what is being computed, send the rest away, and stop the thread."""
+        """Answer what is being computed, reject the rest, and stop the thread."""
         with self._changed:
             self._closing = True
             left = self._queue.drain()
@@ -158,28 +158,45 @@ class Batcher:
         for ticket in left:
             self._end(ticket, unloading())
 
-    def _work(self, ticket: Ticket) -> float:
-        """In characters (bytes, that is), which are known before anything is tokenized."""
-        return sum(
-            _ROW_CHARACTERS + min(len(text), self._service.most_characters)
-            for tensor in ticket.inputs.values()
-            for text in tensor.flat
-        )
+    def _measure(self, ticket: Ticket) -> float:
+        """Its work, once: in characters (bytes, that is), which are known before anything is tokenized."""
+        if not ticket.work:
+            ticket.work = sum(
+                _ROW_CHARACTERS + min(len(text), self._service.most_characters)
+                for tensor in ticket.inputs.values()
+                for text in tensor.flat
+            )
+        return ticket.work
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._busy = False
-                while not (self._queue or self._closing):
-                    self._changed.wait()
-                if self._closing:
-                    return
-                self._busy = True
-                late = self._queue.expired()
-                batch = self._next_batch()
-            for ticket in late:
-                self._end(ticket, expired(self._queue.limits))
-            self._serve(batch)
+        while self._has_work():
+            batch: list[Ticket] = []
+            try:
+                with self._changed:
+                    late = self._queue.expired()
+                for ticket in late:
+                    self._end(ticket, expired(self._queue.limits))
+                with self._changed:
+                    batch = self._next_batch()
+                self._serve(batch)
+            except Exception as error:  # a fault of ours, which must not cost the thread
+                self._fail(batch, error)
+
+    def _has_work(self) -> bool:
+        """Wait until there is some; False when the thread shall end."""
+        with self._changed:
+            self._busy = False
+            while not (self._queue or self._closing):
+                self._changed.wait()
+            self._busy = not self._closing
+            return self._busy
+
+    def _fail(self, batch: Sequence[Ticket], error: Exception) -> None:
+        """Answer those that were not; without a batch, the fault is in what waits, and would come again."""
+        with self._changed:
+            lost = batch or self._queue.drain()
+        for ticket in lost:
+            self._end(ticket, explain(error))
 
     def _next_batch(self) -> list[Ticket]:
         rows = 0
@@ -200,7 +217,8 @@ class Batcher:
         with self._changed:
             # The engine is free again; sending takes none of it.
             self._busy = False
-            self._queue.served(sum(ticket.work for ticket in here), self._clock() - started)
+            if here:
+                self._queue.served(sum(ticket.work for ticket in here), self._clock() - started)
         for ticket, answer in zip(here, answers, strict=True):
             self._end(ticket, answer)
 
@@ -211,17 +229,25 @@ class Batcher:
             return [explain(error)] * len(tickets)
 
     def _has_left(self, ticket: Ticket, now: float) -> bool:
-        if now - ticket.arrived < _LONG_WAIT_S or ticket.exchange is None or not ticket.exchange.is_gone():
+        exchange, is_gone = ticket.exchange, False
+        if exchange is None or now - ticket.arrived < _LONG_WAIT_S:
             return False
-        self._tally.cancel()
-        with contextlib.suppress(Exception):
-            ticket.exchange.send(Cancelled("the request was cancelled"))
-        return True
+        with contextlib.suppress(Exception):  # who cannot be asked about is answered
+            is_gone = exchange.is_gone()
+        if is_gone:
+            ticket.exchange = None
+            self._tally.cancel()
+            with contextlib.suppress(Exception):
+                exchange.send(Cancelled("the request was cancelled"))
+        return is_gone
 
     def _end(self, ticket: Ticket, answer: Answer) -> None:
+        """Answer one that waited, and count it; nothing where that has been done."""
+        exchange, ticket.exchange = ticket.exchange, None
+        if exchange is None:
+            return
         try:
-            if ticket.exchange is not None:
-                ticket.exchange.send(answer)
+            exchange.send(answer)
         except Exception as error:  # Triton's, without a class of its own; the client has been told
             answer = error
         self._count(answer, ticket.arrived)

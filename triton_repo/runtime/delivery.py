@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -78,7 +79,8 @@ class Outbox:
                     self.consumer(delta)
                 except Exception:
                     self.lost = True
-                    self.on_lost()
+                    with contextlib.suppress(Exception):  # the thread that gives is others' too
+                        self.on_lost()
             if delta.usage is not None:
                 self.done.set()
 
@@ -130,8 +132,11 @@ class Delivery:
             self._changed.notify_all()
 
     def _start_thread(self) -> None:
-        self._parked += 1
-        threading.Thread(target=self._work, name="delivery", daemon=True).start()
+        """Called with the lock, which the new thread waits for. Where the process may have no more threads,
+        those that are there go on, and the next one in need tries again."""
+        with contextlib.suppress(RuntimeError):
+            threading.Thread(target=self._work, name="delivery", daemon=True).start()
+            self._parked += 1
 
     def _work(self) -> None:
         me = threading.get_ident()

@@ -50,12 +50,6 @@ def plan_groups(
     return groups
 
 
-def padding_waste(lengths: Sequence[int], groups: Sequence[Sequence[int]]) -> int:
-    """Padded tokens that the groups compute beyond the texts' own."""
-    computed = sum(len(group) * max(lengths[index] for index in group) for group in groups)
-    return computed - sum(lengths)
-
-
 def measure_overhead(
     run: Callable[[int, int], object], *, batch: int = 8, width: int = 64, most: float = 512.0
 ) -> float:

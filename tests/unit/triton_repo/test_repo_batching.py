@@ -192,6 +192,28 @@ def test_a_fault_of_ours_and_a_broken_wire_leave_the_thread_running(bench: Bench
     assert bench.outcomes() == {"completed": 2, "failed": 3}
 
 
+@pytest.mark.parametrize("where", ["is_gone", "_next_batch", "_has_left", "expired"])
+def test_no_fault_ends_the_thread_or_leaves_anyone_waiting(
+    bench: Bench, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: Any) -> Any:
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr(batching, "_LONG_WAIT_S", 0.0)
+    held = bench.hold()
+    waiting = [bench.ask("a"), bench.ask("b")]
+    with monkeypatch.context() as fault:
+        owner = {"is_gone": Exchange, "expired": bench.batcher._queue}.get(where, bench.batcher)
+        fault.setattr(owner, where, fails)
+        bench.service.gate.set()
+        answers = [exchange.answer for exchange in waiting]
+    assert texts([held.answer]) == ["held"]
+    assert texts(answers) == (["a", "b"] if where == "is_gone" else [EngineFailed, EngineFailed])
+    assert "secret" not in str(answers)
+    assert texts([bench.ask("after").answer]) == ["after"]
+    assert sum(bench.outcomes().values()) == 4
+
+
 def test_what_waits_when_the_model_goes_is_told_so(bench: Bench) -> None:
     held = bench.hold()
     waiting = bench.ask("waiting")
@@ -210,8 +232,25 @@ def test_what_waits_when_the_model_goes_is_told_so(bench: Bench) -> None:
 
 def test_a_long_text_counts_as_far_as_it_is_read(bench: Bench) -> None:
     short, long = ticket("x" * 50), ticket("x" * 100_000)
-    assert bench.batcher._work(long) - bench.batcher._work(short) == Echo.most_characters - 50
-    assert bench.batcher._work(ticket("x" * 50, rows=3)) == 3 * bench.batcher._work(short)
+    assert bench.batcher._measure(long) - bench.batcher._measure(short) == Echo.most_characters - 50
+    assert bench.batcher._measure(ticket("x" * 50, rows=3)) == 3 * bench.batcher._measure(short)
+
+
+def test_how_much_work_a_request_is_is_computed_once(bench: Bench) -> None:
+    reads: list[int] = []
+
+    class Counting(Echo):
+        @property
+        def most_characters(self) -> int:  # type: ignore[override]
+            reads.append(1)
+            return 100
+
+    bench.batcher._service = Counting()
+    asked, exchange = ticket("a", rows=4), Exchange()
+    assert bench.batcher.answer_now([asked]) is None
+    assert bench.batcher.submit([(asked, exchange)]) == [None]
+    assert texts([exchange.answer]) == ["a"]
+    assert len(reads) == 4
 
 
 def test_what_takes_long_is_not_answered_while_triton_waits(bench: Bench) -> None:

@@ -48,6 +48,36 @@ def test_every_consumer_gets_its_own_in_order() -> None:
     delivery.close()
 
 
+def test_a_process_that_may_have_no_more_threads_delivers_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    delivery = Delivery()
+    got: list[Delta] = []
+    box = outbox(got.append)
+
+    def refuses(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", refuses)
+        delivery.post([(box, Delta(0, "a"))])
+    delivery.post([(box, Delta(0, "b", usage=USAGE))])
+    assert box.done.wait(5)
+    assert got == [Delta(0, "ab", usage=USAGE)]
+    delivery.close()
+
+
+def test_a_consumer_lost_without_anyone_to_tell_ends_no_thread() -> None:
+    delivery = Delivery()
+
+    def fails(delta: object = None) -> None:
+        raise RuntimeError
+
+    lost, good = Outbox(fails, fails), outbox(lambda _: None)
+    delivery.post([(lost, Delta(0, "a", usage=USAGE)), (good, Delta(0, "a", usage=USAGE))])
+    assert lost.done.wait(5)
+    assert good.done.wait(5)
+    delivery.close()
+
+
 def test_consumers_that_never_return_hold_up_nobody() -> None:
     delivery = Delivery()
     never = threading.Event()
