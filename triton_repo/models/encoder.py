@@ -55,11 +55,11 @@ class TritonPythonModel:
         """The queue, and the metrics of it and of the engine."""
         from triton_repo.runtime.admission import Limits, read_level
         from triton_repo.runtime.batching import Batcher, Ticket
-        from triton_repo.runtime.exchange import EventLog, Exchange, to_response
+        from triton_repo.runtime.exchange import EventLog, Exchange, id_of, to_response
         from triton_repo.runtime.metrics import Publisher, Reporter, labels
 
         self._log = EventLog(self._pb, args["model_name"])
-        self._exchange, self._to_response = Exchange, to_response
+        self._exchange, self._id_of, self._to_response = Exchange, id_of, to_response
         self._ticket, self._read_level = Ticket, read_level
         self._batcher = Batcher(self._service, Limits.read(parameters))
         self._batcher.start()
@@ -88,7 +88,7 @@ class TritonPythonModel:
         if answer is None:
             return None
         if isinstance(answer, Exception):
-            self._log.ended(answer, request.request_id())
+            self._log.ended(answer, self._id_of(request))
         return self._to_response(self._pb, answer)
 
     def _read(self, request: Any) -> Any:
@@ -106,7 +106,7 @@ class TritonPythonModel:
             return error
 
     def finalize(self) -> None:
-        """Send away what still waits, and free the engine before the interpreter goes."""
+        """Reject what still waits, and free the engine before the interpreter goes."""
         self._batcher.close()
         self._reporter.close()
         self._service.encoder.close()

@@ -45,7 +45,7 @@ def reason_of(error: Exception) -> str:
 class EventLog:
     """Writes a line of Triton's log for a request of one model that was rejected or failed: its id and the
     reason, nothing of its text. No more than 20 in a second: each is a round trip to the server process, and
-    a crowd that is sent away must not keep it busy. The metrics count all."""
+    a crowd that is rejected must not keep it busy. The metrics count all."""
 
     def __init__(self, pb_utils: Any, model: str) -> None:
         self._log = pb_utils.Logger
@@ -53,13 +53,15 @@ class EventLog:
         self._second = self._written = 0
 
     def ended(self, error: Exception, request_id: str) -> None:
+        """Never raises: the answer is worth more than the line."""
         reason = reason_of(error)
         if not reason or not self._has_room():
             return
         rejected = isinstance(error, Busy | BadRequest)
         event = "rejected" if rejected else "failed"
         words = line(model=self._model, event=event, reason=reason, request_id=request_id)
-        (self._log.log_info if rejected else self._log.log_error)(words)
+        with contextlib.suppress(Exception):
+            (self._log.log_info if rejected else self._log.log_error)(words)
 
     def _has_room(self) -> bool:
         second = int(time.monotonic())
@@ -67,6 +69,14 @@ class EventLog:
             self._second, self._written = second, 0
         self._written += 1
         return self._written <= _MOST_LINES
+
+
+def id_of(request: Any) -> str:
+    """A request's id, which over HTTP may be any bytes: what is not UTF-8 is escaped."""
+    try:
+        return str(request.request_id())
+    except UnicodeDecodeError as error:
+        return error.object.decode(errors="backslashreplace")
 
 
 class Exchange:
@@ -84,7 +94,7 @@ class Exchange:
     ) -> None:
         self._pb = pb_utils
         self._sender = request.get_response_sender()
-        self._request_id: str = request.request_id()
+        self._request_id = id_of(request)
         self._log = log
         self._closed = closed
         # A sender must not be asked about a client once its last response is on its way.
@@ -114,7 +124,8 @@ class Exchange:
                     self._closed(self)
 
     def is_gone(self) -> bool:
-        """Whether the client went away: a round trip to the server process, 0.1 ms of processor time."""
+        """Whether the client went away: a round trip to the server process, 0.1 ms of processor time. Raises
+        what Triton raises."""
         with self._lock:
             return self._sender is not None and bool(self._sender.is_cancelled())
 

@@ -7,6 +7,7 @@ kind takes one round trip for each observation.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -108,6 +109,13 @@ class Publisher:
         self._metrics: dict[tuple[str, str], Any] = {}
         self._sent: dict[tuple[str, str], float] = {}
 
+    def begin(self, snapshot: Snapshot) -> None:
+        """Counters are published from here on: what `snapshot` has of them is left out."""
+        for name, value in snapshot.items():
+            if _is_counter(name):
+                by_label = value if isinstance(value, dict) else {"": value}
+                self._sent.update({(name, label): float(number) for label, number in by_label.items()})
+
     def publish(self, snapshot: Snapshot) -> None:
         """Send what changed since the last time, and when it was sent: a process that died leaves its last
         values behind, and nothing else tells them from those of an idle one."""
@@ -119,7 +127,8 @@ class Publisher:
         self._send("reported_timestamp_seconds", "", time.time())
 
     def complain(self, error: Exception) -> None:
-        self._pb.Logger.log_error(f"publishing metrics failed: {type(error).__name__}")
+        with contextlib.suppress(Exception):  # what broke the one may break the other
+            self._pb.Logger.log_error(f"publishing metrics failed: {type(error).__name__}")
 
     def _send(self, name: str, label: str, number: float) -> None:
         key = name, label
@@ -127,7 +136,7 @@ class Publisher:
             kind, text = _FAMILIES[name]
             own = {kind: label} if kind else {}
             self._metrics[key] = self._family(name, text).Metric(labels=self._labels | own)
-            self._sent[key] = 0.0
+            self._sent.setdefault(key, 0.0)
         difference = number - self._sent[key]
         if difference:
             if _is_counter(name):
@@ -145,11 +154,15 @@ class Publisher:
 
 
 class Reporter:
-    """Publishes what `snapshot` returns once a second, from a thread of its own, and once more at the end."""
+    """Publishes what `snapshot` returns once a second, from a thread of its own, and once more at the end.
+
+    Counters begin at 0 here: what was counted before, the model asked itself.
+    """
 
     def __init__(self, publisher: Publisher, snapshot: Callable[[], Snapshot]) -> None:
         self._publisher = publisher
         self._snapshot = snapshot
+        self._attempt(publisher.begin)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
@@ -161,13 +174,16 @@ class Reporter:
     def _run(self) -> None:
         ended = False
         while True:
-            try:
-                self._publisher.publish(self._snapshot())
-            except Exception as error:  # the next one may succeed, and nothing else depends on it
-                self._publisher.complain(error)
+            self._attempt(self._publisher.publish)
             if ended:
                 return
             ended = self._closing.wait(_INTERVAL_S)
+
+    def _attempt(self, pass_on: Callable[[Snapshot], None]) -> None:
+        try:
+            pass_on(self._snapshot())
+        except Exception as error:  # the next one may succeed, and nothing else depends on it
+            self._publisher.complain(error)
 
 
 def _is_counter(name: str) -> bool:

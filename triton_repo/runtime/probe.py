@@ -55,7 +55,7 @@ def probe_encoder(encoder: Encoder, folder: Path) -> None:
     rows = encoder_rows(encoder.tokenizer, encoder.task, requests)
     values = iter(encoder.encode([row for group in rows for row in group]))
     # Nobody sent these.
-    encoder.tokens = encoder.padding = 0
+    encoder.runs = encoder.rows = encoder.tokens = encoder.padding = 0
     distances = []
     for index, (request, group) in enumerate(zip(requests, rows, strict=True)):
         with _failing(folder, golden, index):

@@ -153,6 +153,52 @@ def test_what_was_not_answered_is_in_the_log_by_its_id_and_without_its_text(modu
     assert 20 <= len(log) <= 62, "a crowd that is sent away must not fill the log"
 
 
+def test_an_id_that_is_no_text_costs_nobody_anything(module: Any, model: Any) -> None:
+    log = sys.modules["triton_python_backend_utils"].log  # type: ignore[attr-defined]
+    warm(model)
+    responses = model.execute([ask("bad", id=b"\xff-7"), ask("a")])
+    assert (responses[0]["error"].code, responses[1]["out"]) == ("INVALID_ARG", b"a")
+    waiting = [ask("bad", id=b"\xff-8"), ask("a", id=b"\xff"), ask("b")]
+    assert model.execute(waiting)[:2] == [None, None]
+    assert waiting[0].sender.error.code == "INVALID_ARG"
+    assert waiting[1].sender.closed.wait(5)
+    assert [line.split()[1] for line in log[:2]] == [r"request_id=\xff-7", "request_id=r-1"]
+    assert r"request_id=\xff-8" in log[-1]
+
+
+def test_a_log_that_fails_costs_no_answer(module: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(message: str) -> None:
+        raise RuntimeError("no shared memory")
+
+    for name in ("log_info", "log_error"):
+        monkeypatch.setattr(sys.modules["triton_python_backend_utils"].Logger, name, fails)  # type: ignore[attr-defined]
+    warm(model)
+    assert model.execute([ask("bad"), broken()])[0]["error"].code == "INVALID_ARG"
+    for _ in range(2):  # and the thread goes on
+        waiting = [ask("bad"), ask("a"), ask("too many")]
+        model.execute(waiting)
+        assert waiting[0].sender.error.code == "INVALID_ARG"
+        assert waiting[1].sender.closed.wait(5)
+
+
+def test_counters_begin_when_the_model_is_ready(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The golden requests are its own; no client sent them."""
+
+    class Probed(Echo):
+        def __init__(self, encoder: Any) -> None:
+            super().__init__(encoder)
+            self.batches = [4, 4]
+
+    monkeypatch.setattr(service, "EncoderService", Probed)
+    model = module.TritonPythonModel()
+    model.initialize(arguments())
+    warm(model)
+    model.finalize()
+    families = sys.modules["triton_python_backend_utils"].families  # type: ignore[attr-defined]
+    assert families["onecard_runs_total"].made[""].value == 1
+    assert families["onecard_requests_total"].made["completed"].value == 1
+
+
 def test_priority_and_timeout_are_read(model: Any) -> None:
     found = model._read(ask("a", parameters='{"onecard_priority": 3}', timeout_us=1_500_000))
     assert (found.level, found.timeout_s) == (3, 1.5)

@@ -67,6 +67,40 @@ def test_differences_are_sent_and_what_rests_is_not() -> None:
     assert (reported.calls, reported.value) == (3, pytest.approx(time.time(), abs=5))
 
 
+def test_counters_begin_at_zero_and_gauges_are_what_they_are() -> None:
+    triton = fake_triton()
+    publisher = Publisher(triton, {"model": "m"})
+    publisher.begin({"requests_total": {"completed": 4}, "queue_seconds_sum": 0.5, "queue_requests": 2})
+    publisher.publish({"requests_total": {"completed": 4}, "queue_seconds_sum": 0.5, "queue_requests": 2})
+    made = {name: family.made for name, family in triton.families.items()}
+    assert made["onecard_requests_total"]["completed"].calls == 0, "it is there, with 0"
+    assert made["onecard_queue_seconds_sum"][""].value == 0
+    assert made["onecard_queue_requests"][""].value == 2
+    publisher.publish({"requests_total": {"completed": 7}, "queue_seconds_sum": 0.75, "queue_requests": 2})
+    assert made["onecard_requests_total"]["completed"].value == 3
+    assert made["onecard_queue_seconds_sum"][""].value == 0.25
+
+
+def test_a_log_that_fails_too_does_not_end_the_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_INTERVAL_S", 0.005)
+    triton = fake_triton()
+
+    def fails(message: str = "") -> Any:
+        raise RuntimeError("no shared memory")
+
+    monkeypatch.setattr(triton.Logger, "log_error", fails)
+    broken = iter([True, True, False, False, False])
+    reporter = Reporter(
+        Publisher(triton, {"model": "m"}),
+        lambda: fails() if next(broken, False) else {"queue_requests": 7},
+    )
+    deadline = time.monotonic() + 5
+    while not triton.families and time.monotonic() < deadline:
+        time.sleep(0.001)
+    reporter.close()
+    assert triton.families["onecard_queue_requests"].made[""].value == 7
+
+
 def test_whoever_reads_in_between_finds_cumulative_buckets() -> None:
     triton = fake_triton()
     publisher = Publisher(triton, {"model": "m"})

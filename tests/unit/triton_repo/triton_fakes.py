@@ -43,10 +43,14 @@ class Sender:
 
 
 class Request:
-    def __init__(self, parameters: str = "{}", timeout_us: int = 0, **tensors: Any) -> None:
+    """Its id may be bytes, as a client may send them: then it is read as Triton does, or not at all."""
+
+    def __init__(
+        self, parameters: str = "{}", timeout_us: int = 0, id: bytes = b"r-1", **tensors: Any
+    ) -> None:
         self.sender = Sender()
         self._parameters, self._timeout_us = parameters, timeout_us
-        self._tensors = tensors
+        self._id, self._tensors = id, tensors
 
     def get_response_sender(self) -> Sender:
         return self.sender
@@ -61,7 +65,7 @@ class Request:
         return self._timeout_us
 
     def request_id(self) -> str:
-        return "r-1"
+        return self._id.decode()
 
 
 class _Tensor:
@@ -158,6 +162,7 @@ class Service:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
+        self.slots = 2
         self.handles: list[Handle] = []
         self.fields: list[dict[str, Any]] = []
         self.arrived = threading.Semaphore(0)
@@ -165,6 +170,8 @@ class Service:
         self.closed = False
         self.refused = 0
         self.urgency: list[tuple[int, float]] = []
+        self.gate = threading.Event()  # a prompt is read when it is open
+        self.gate.set()
 
     @classmethod
     def open(cls, folder: Any, **settings: Any) -> Service:
@@ -173,6 +180,7 @@ class Service:
     def submit(
         self, fields: dict[str, Any], on_delta: Callable[[Delta], object], *, level: int, timeout_s: float
     ) -> Handle:
+        assert self.gate.wait(5)
         if fields.get("text") == b"refuse":
             refusal = BadRequest("'text' is refused")
             self.refuse(refusal)
