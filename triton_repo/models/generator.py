@@ -59,15 +59,17 @@ class TritonPythonModel:
 
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         try:
+            self._limits = Limits.read(parameters)
             self._service = GenerationService.open(
-                folder,
-                device=int(args["model_instance_device_id"]),
-                limits=Limits.read(parameters),
+                folder, device=int(args["model_instance_device_id"]), limits=self._limits
             )
             probe_generator(self._service, folder)
         except (EngineRefused, EngineFailed, TokenizerRefused, TemplateRefused) as error:
             raise pb_utils.TritonModelException(f"engine refused: {error}") from None
         self._readers = ThreadPoolExecutor(_READERS, "reader")
+        # So many may be on their way to the queue as it and the slots hold.
+        self._most_read = self._limits.max_size + self._service.slots
+        self._places = threading.BoundedSemaphore(self._most_read)
         self._log = EventLog(pb_utils, args["model_name"])
         self._watch = _Watch(pb_utils.Logger)
         self._reporter = Reporter(Publisher(pb_utils, labels(args)), self._service.snapshot)
@@ -76,17 +78,26 @@ class TritonPythonModel:
         """Take the requests in; their answers come later, from other threads."""
         from triton_repo.runtime.exchange import Exchange
 
+        arrived = time.monotonic()
         for request in requests:
-            call = _Call(Exchange(self._pb, request, self._log, self._watch.forget))
+            call = _Call(Exchange(self._pb, request, self._log, self._watch.forget), arrived)
             self._watch.add(call)
             try:
-                tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-                # Triton's timeout is in microseconds, 0 for none.
-                timeout_s = request.timeout() / 1e6 or math.inf
-                self._readers.submit(self._begin, call, tensors, request.parameters(), timeout_s)
+                self._take_in(call, request)
             except Exception as error:
                 self._service.refuse(error)
                 call.exchange.send(error)
+
+    def _take_in(self, call: _Call, request: Any) -> None:
+        """Have it read, which takes as long as its prompt is; raises Busy where too many wait for that."""
+        from triton_repo.runtime.admission import full
+
+        tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+        # Triton's timeout is in microseconds, 0 for none.
+        timeout_s = request.timeout() / 1e6 or math.inf
+        if not self._places.acquire(blocking=False):
+            raise full(self._most_read)
+        self._readers.submit(self._begin, call, tensors, request.parameters(), timeout_s)
 
     def finalize(self) -> None:
         """End what still runs, tell its clients, and free the engine before the interpreter goes."""
@@ -97,7 +108,7 @@ class TritonPythonModel:
         del self._service
 
     def _begin(self, call: _Call, tensors: Mapping[str, Any], parameters: str, timeout_s: float) -> None:
-        from triton_repo.runtime.admission import read_level, read_timeout
+        from triton_repo.runtime.admission import Busy, expired, read_level, read_timeout
         from triton_repo.runtime.texts import BadRequest
         from triton_repo.runtime.wire import Reply, read_fields
 
@@ -105,20 +116,26 @@ class TritonPythonModel:
             try:
                 fields, stream = read_fields(tensors, parameters)
                 level, timeout_s = read_level(parameters), min(timeout_s, read_timeout(parameters))
-            except BadRequest as error:
+                left_s = min(timeout_s, self._limits.deadline_s) - (time.monotonic() - call.arrived)
+                if left_s <= 0:
+                    raise expired(self._limits)
+            except (BadRequest, Busy) as error:
                 self._service.refuse(error)
                 raise
             reply = Reply(call.exchange.send, stream=stream)
-            call.handle = self._service.submit(fields, reply, level=level, timeout_s=timeout_s)
+            call.handle = self._service.submit(fields, reply, level=level, timeout_s=left_s)
         except Exception as error:  # a fault of ours must not leave a client waiting either
             call.exchange.send(error)
+        finally:
+            self._places.release()
 
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """A request's way back and, once it is accepted, the handle that stops it."""
+    """A request's way back, when it came (monotonic seconds), and the handle that stops it once accepted."""
 
     exchange: Any
+    arrived: float
     handle: Any = None
 
 
@@ -160,16 +177,20 @@ class _Watch:
 
     def _run(self) -> None:
         while not self._closing.wait(_POLL_S):
-            try:
-                for call in self._next():
-                    if call.exchange.is_gone() and call.handle is not None:
-                        call.handle.cancel()
-            except Exception as error:
-                # The next look may succeed; without this thread none would be cancelled.
-                self._log.log_error(f"watching requests failed: {type(error).__name__}")
+            for call in self._next():
+                self._look_after(call)
             self._awake.clear()
             if not (self._open or self._closing.is_set()):
                 self._awake.wait()
+
+    def _look_after(self, call: _Call) -> None:
+        try:
+            if call.exchange.is_gone() and call.handle is not None:
+                call.handle.cancel()
+        except Exception as error:
+            # The next look may succeed; without this thread none would be cancelled.
+            with contextlib.suppress(Exception):
+                self._log.log_error(f"watching requests failed: {type(error).__name__}")
 
     def _next(self) -> list[_Call]:
         """Those that were not asked for the longest time."""

@@ -1,4 +1,4 @@
-"""Which requests may wait for a model, in which order, and when one is sent away.
+"""Which requests may wait for a model, in which order, and when one is rejected.
 
 A queue that grows while the model is at its limit makes every answer late. So a request that is not going to
 be answered in time, by the rate at which requests were taken lately, is rejected when it arrives, and one
@@ -31,7 +31,7 @@ _RATE_SECONDS = 2.0
 _MARGIN = 0.6
 # The share that goes by where no queue sees it: before a request is taken in, and behind its answer.
 _ELSEWHERE = 0.1
-# Nobody is sent away by a rate that so few observations, of so few seconds, have told.
+# Nobody is rejected by a rate that so few observations, of so few seconds, have told.
 _FEW, _FEW_SECONDS = 4, 1.0
 _LEAST_SHARE = 0.05
 
@@ -102,12 +102,16 @@ class AdmissionQueue(Generic[T]):
     """Waiting requests by priority, then by arrival. One caller at a time: the owner has the lock.
 
     `work` is in any unit that serving takes time in proportion to; the queue learns how many seconds a unit
-    takes from the times at which its owner comes back for more, and from `served`.
+    takes from the times at which its owner comes back for more, and from `served`. `slots`: how many are
+    served side by side, each answered from its start on, as an LLM does; 0 for an owner that serves batches.
     """
 
-    def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, limits: Limits, clock: Callable[[], float] = time.monotonic, *, slots: int = 0
+    ) -> None:
         self.limits = limits
         self._clock = clock
+        self._slots = slots
         self._levels: list[dict[T, _Entry]] = [{} for _ in range(limits.levels)]
         self._work = [0.0] * limits.levels
         self.soonest = math.inf  # when the next one may run out of time; never later than it does
@@ -134,7 +138,7 @@ class AdmissionQueue(Generic[T]):
 
         `level` 0 is the default one; beyond the last one counts as the last. `room`: how many requests could
         start at once and are therefore not waiting. Returns the request that gave up its place, if one did:
-        a full queue sends away the youngest of the least urgent. Raises Busy.
+        a full queue rejects the youngest of the least urgent. Raises Busy.
         """
         self.check(level=level, work=work, timeout_s=timeout_s, room=room)
         place = self._place(level)
@@ -159,7 +163,7 @@ class AdmissionQueue(Generic[T]):
                 "deadline",
             )
         if size >= self.limits.max_size + room and self._least_urgent() <= place:
-            raise Busy(f"the queue is full: {size} requests are waiting; try again later", "queue_full")
+            raise full(size)
 
     def take(
         self, fits: Callable[[T], bool], *, most: int | None = None, seconds: float = math.inf
@@ -168,6 +172,7 @@ class AdmissionQueue(Generic[T]):
         are served in about so many `seconds`, unless it is one."""
         taken: list[T] = []
         work, now, pace = [0.0] * len(self._levels), self._clock(), self._rate.pace
+        waited = self._backlog  # whoever is taken last ends it
         while len(taken) != most and (found := self._first()) is not None and fits(found[1]):
             place, item = found
             entry = self._levels[place][item]
@@ -177,7 +182,7 @@ class AdmissionQueue(Generic[T]):
             self.discard(item, place)
             taken.append(item)
         if taken:
-            if self._backlog:
+            if waited:
                 self._rate.learn(self._taken, now - self._taken_at)
             self._taken, self._taken_at, self._backlog = work, now, len(self) > 0
         return taken
@@ -187,12 +192,13 @@ class AdmissionQueue(Generic[T]):
         return work * self._rate.pace or math.inf
 
     def served(self, work: float, seconds: float) -> None:
-        """So much work was done in so many seconds. Where somebody waits, `take` sees that by itself."""
+        """So much work was done in so many seconds (of one slot). Where somebody waits, `take` sees that by
+        itself."""
         if self._backlog:
             return
         of_default = [0.0] * len(self._levels)
         of_default[self.limits.default_level - 1] = work
-        self._rate.learn(of_default, seconds)
+        self._rate.learn(of_default, seconds / (self._slots or 1))
 
     def expired(self) -> list[T]:
         """Remove those that could not be answered in time any more."""
@@ -248,14 +254,23 @@ class AdmissionQueue(Generic[T]):
 
     def _wait(self, place: int, work: float) -> float:
         """Seconds until a request of this priority would be answered; 0 while that is not certain."""
-        pace = self._rate.pace
-        if not (self._backlog and self._rate.is_certain):
+        # How long work takes in batches is known by batches alone that others waited behind.
+        if not (self._rate.is_certain and (self._backlog or self._slots)):
             return 0.0
-        ahead = sum(self._work[: place + 1]) + work
-        # What was taken last is being served: either it still needs a while, or it is late, and what comes
-        # behind it is going to be no earlier.
-        current = abs(self._clock() - self._taken_at - sum(self._taken) * pace)
-        return ahead * pace / self._rate.left_for(place) + current
+        pace = self._rate.pace
+        ahead = sum(self._work[: place + 1]) + (0.0 if self._slots else work)
+        # More urgent ones are going to take their share again where all of the time is taken.
+        left = self._rate.left_for(place) if self._backlog else 1.0
+        return ahead * pace / left + self._rest(pace)
+
+    def _rest(self, pace: float) -> float:
+        """Seconds until the next take: what was taken last either still needs a while, or it is late (for who
+        waits), and what comes behind it is going to be no earlier."""
+        now, due = self._clock(), self._taken_at + sum(self._taken) * pace
+        if now < due or self._backlog:
+            return abs(due - now)
+        arrivals = (next(iter(waiting.values())).arrived for waiting in self._levels if waiting)
+        return now - max(due, min(arrivals, default=now))
 
 
 class _Rate:
@@ -268,7 +283,7 @@ class _Rate:
 
     @property
     def is_certain(self) -> bool:
-        """Whether somebody may be sent away by it."""
+        """Whether somebody may be rejected by it."""
         return self._count >= _FEW or (self._count > 1 and self._seconds >= _FEW_SECONDS)
 
     @property
@@ -287,6 +302,11 @@ class _Rate:
         self._work = [old * kept + new for old, new in zip(self._work, work, strict=True)]
         self._seconds = self._seconds * kept + seconds
         self._count += 1
+
+
+def full(size: int) -> Busy:
+    """What the sender of a request is told that found `size` before it and no place."""
+    return Busy(f"the queue is full: {size} requests are waiting; try again later", "queue_full")
 
 
 def displaced() -> Busy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
@@ -67,6 +68,7 @@ class GenerationService:
         source = chat.pop("template", None)
         tokens = {name: token for name, token in chat.items() if isinstance(token, str)}
         self._template = ChatTemplate(source, tokens) if source else None
+        self.slots: int = engine.slots
         self._capacity: int = engine.capacity
         self._bos: int | None = serving.get("bos_id")
         self._eos = frozenset(serving["eos_ids"])
@@ -115,17 +117,22 @@ class GenerationService:
         """Start generating for a request of the fields in FIELDS, exactly one of text and messages among
         them; `level` and `timeout_s` as in `jobs.Request`.
 
+        What reading the prompt takes is taken from `timeout_s`.
+
         `on_delta` gets every delta in order, on another thread; the last one has `usage`. It may be slow
         without holding up anybody else; if it raises, the request is cancelled. A field that is None is not
         given.
 
-        Raises BadRequest for a request that cannot be answered, naming the field; Busy for one that is sent
-        away.
+        Raises BadRequest for a request that cannot be answered, naming the field; Busy for one that is
+        rejected.
         """
         try:
-            # Before its prompt is tokenized: a crowd must not keep the processor busy with being sent away.
+            # Before its prompt is tokenized: a crowd must not keep the processor busy with being rejected.
             self._scheduler.check(level, timeout_s)
-            read = replace(self._read(request, on_delta), level=level, timeout_s=timeout_s)
+            began = time.monotonic()
+            read = self._read(request, on_delta)
+            left_s = max(0.0, timeout_s - (time.monotonic() - began))
+            read = replace(read, level=level, timeout_s=left_s)
         except (BadRequest, Busy) as error:
             self.refuse(error)
             raise
@@ -169,7 +176,7 @@ class GenerationService:
         return self._scheduler.snapshot() | own
 
     def close(self) -> None:
-        """End everything that runs or waits as "cancelled"."""
+        """End what runs as "cancelled"; reject what waits."""
         self._scheduler.close()
 
     def _read(self, request: Mapping[str, Any], on_delta: Callable[[Delta], object]) -> Request:

@@ -205,6 +205,10 @@ class Job:
         """Those that have a slot."""
         return [sample for sample in self.open.values() if sample]
 
+    def slot_seconds(self, now: float) -> float:
+        """For how long it has held slots, all of them together."""
+        return 0.0 if self.started is None else (now - self.started) * self.request.params.n
+
     def usage(self, now: float) -> dict[str, float]:
         """Tokens over all samples and times in milliseconds, for the request's last delta."""
         started = now if self.started is None else self.started

@@ -10,6 +10,7 @@ its turn comes, so that it finds whatever its predecessors have left in the cach
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -62,7 +63,7 @@ class Scheduler:
         self._clock = clock
         self._delivery = delivery or Delivery()
         self._changed = threading.Condition()
-        self._queue: AdmissionQueue[Job] = AdmissionQueue(limits or Limits(), clock)
+        self._queue: AdmissionQueue[Job] = AdmissionQueue(limits or Limits(), clock, slots=engine.slots)
         self._cancelled: deque[Job] = deque()
         self._displaced: deque[Job] = deque()  # gave up their place in the queue to more urgent ones
         self._prefilling: Job | None = None
@@ -122,14 +123,14 @@ class Scheduler:
         self._thread.start()
 
     def close(self) -> None:
-        """End what runs or waits as "cancelled"; deliver what was answered; close the engine."""
+        """End what runs as "cancelled", reject what waits; deliver what was answered; close the engine."""
         with self._changed:
             self._closing = True
             self._changed.notify()
         if self._thread:
             self._thread.join()
         else:
-            self._end_all("cancelled")
+            self._end_all()
         self._delivery.close()
         self._engine.close()
 
@@ -151,7 +152,7 @@ class Scheduler:
                 self.step()
             except Exception as error:
                 self._start_over(EngineFailed(f"the scheduler failed: {error!r}"))
-        self._end_all("cancelled")
+        self._end_all()
 
     @property
     def _busy(self) -> bool:
@@ -285,9 +286,9 @@ class Scheduler:
         self._deliver(batch)
 
     def _deliver(self, batch: list[tuple[Outbox, Delta]]) -> None:
-        """Post deltas of one token each, and count those."""
-        self._delivery.post(batch)
+        """Post deltas of one token each; counted before, so that who has them all finds them counted."""
         self._counts.generate(len(batch))
+        self._delivery.post(batch)
 
     def _end_sample(self, sample: Sample, delta: Delta) -> Delta:
         """Free the slot; the request's last delta gets the usage."""
@@ -299,7 +300,10 @@ class Scheduler:
             return delta
         job.state = "done"
         self._counts.end(job, "completed")
-        return replace(delta, usage=job.usage(self._clock()))
+        now = self._clock()
+        with self._changed:
+            self._queue.served(1.0, job.slot_seconds(now))
+        return replace(delta, usage=job.usage(now))
 
     def _end(self, job: Job, reason: str, error: Exception | None = None, *, forget: bool = False) -> None:
         """End a whole request early, wherever it is; `forget` what its slots hold if an engine call broke."""
@@ -322,20 +326,30 @@ class Scheduler:
         self._counts.end(job, reason, error)
         self._delivery.post([(job.outbox, delta) for delta in deltas])
 
-    def _end_all(self, reason: str) -> None:
+    def _end_all(self) -> None:
+        """What waits may be asked elsewhere; what has begun cannot go on there."""
         with self._changed:
             waiting = self._queue.drain()
-        for job in [*self._started(), *self._displaced, *waiting]:
+        for job in [*self._displaced, *waiting]:
             if job.state != "done":
-                self._end(job, reason)
+                self._end(job, "error", unloading())
+        for job in self._started():
+            self._end(job, "cancelled")
 
     def _start_over(self, error: EngineFailed) -> None:
-        """After a fault of ours: what was started is lost, what waits will be served."""
+        """After a fault of ours: what was started is lost, what waits will be served. Where nothing was
+        started, the fault is in what waits, and would come again. Never raises: this thread is the only one.
+        """
         self._table = SlotTable(self._engine.slots, self._engine.capacity)
-        for job in self._started():
+        lost = self._started()
+        if not lost:
+            with self._changed:
+                lost = self._queue.drain()
+        for job in lost:
             # Their slots went with the old table.
             job.open = dict.fromkeys(job.open or (0,))
-            self._end(job, "error", error)
+            with contextlib.suppress(Exception):
+                self._end(job, "error", error)
 
     def _started(self) -> list[Job]:
         jobs = [sample.job for sample in self._running] + [self._prefilling]

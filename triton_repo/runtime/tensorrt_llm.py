@@ -125,7 +125,7 @@ class LlmScheduler:
         self._engine = engine
         self._delivery = delivery or Delivery()
         self._lock = threading.Lock()
-        self._queue: AdmissionQueue[Job] = AdmissionQueue(limits or Limits())
+        self._queue: AdmissionQueue[Job] = AdmissionQueue(limits or Limits(), slots=engine.slots)
         self._free = engine.slots
         self._closing = False
         self._tasks: dict[Job, asyncio.Task[None]] = {}
@@ -181,7 +181,7 @@ class LlmScheduler:
         }
 
     def close(self) -> None:
-        """End what runs or waits as "cancelled", then unload the model."""
+        """End what runs as "cancelled", reject what waits, then unload the model."""
         with self._lock:
             if self._closing:
                 return
@@ -231,8 +231,10 @@ class LlmScheduler:
     async def _end_all(self) -> None:
         with self._lock:
             waiting = self._queue.drain()
+        for job in waiting:
+            self._end(job, "error", unloading())
         tasks = list(self._tasks.values())
-        for job in [*waiting, *self._tasks]:
+        for job in tuple(self._tasks):
             self._stop(job)
         await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -312,6 +314,8 @@ class LlmScheduler:
                 self._free += job.request.params.n
                 self._loop.call_soon(self._begin)
             self._queue.discard(job)
+            if reason == "completed":
+                self._queue.served(1.0, job.slot_seconds(time.monotonic()))
             job.state = "done"
             self._counts.end(job, reason, error)
 

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from triton_repo.runtime.admission import (
     _ELSEWHERE,
+    _MARGIN,
     AdmissionQueue,
     Busy,
     Limits,
@@ -223,6 +224,61 @@ def test_a_model_that_stalls_turns_requests_away() -> None:
     clock.now += 9.0
     with pytest.raises(Busy, match="the wait is too long"):
         queue.offer("late")
+
+
+def test_the_last_interval_of_a_backlog_counts_too() -> None:
+    clock = Clock()
+    queue: AdmissionQueue[Any] = AdmissionQueue(Limits(), clock)
+    for _ in range(4):
+        queue.offer("first")
+        queue.offer("second")
+        assert queue.take(lambda item: True, most=1) == ["first"]
+        clock.now += 0.5
+        assert queue.take(lambda item: True, most=1) == ["second"]
+    assert queue.seconds_for(1) == pytest.approx(0.5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(service=st.floats(0.01, 20), slots=st.integers(1, 8), data=st.data())
+def test_one_at_a_time_waits_and_who_cannot_make_it_is_rejected_on_arrival(
+    service: float, slots: int, data: Any
+) -> None:
+    """An LLM whose slots are taken, and never more than one request behind them: none is there at a take."""
+    clock = Clock()
+    interval = service / slots
+    queue: AdmissionQueue[Any] = AdmissionQueue(Limits(deadline_s=1e6), clock, slots=slots)
+    for _ in range(8):
+        before = data.draw(st.floats(0.0, 1.0)) * interval
+        clock.now += before
+        queue.offer("next")
+        clock.now += interval - before
+        queue.served(1, service)
+        assert queue.take(lambda item: True, most=1) == ["next"]
+    assert queue.seconds_for(1) == pytest.approx(interval)
+    # The slot is free in one interval; who comes behind that one waits for two.
+    for ahead in (1, 2, 3):
+        with pytest.raises(Busy, match="the wait is too long"):
+            queue.check(timeout_s=0.99 * ahead * interval / _MARGIN)
+        queue.offer("waits", timeout_s=1.01 * ahead * interval / _MARGIN)
+        queue.offer(object())
+        queue.discard("waits")
+
+
+def test_who_waits_behind_long_answers_is_not_rejected_for_how_long_nobody_came() -> None:
+    clock = Clock()
+    queue: AdmissionQueue[Any] = AdmissionQueue(Limits(deadline_s=10.0), clock, slots=1)
+    for _ in range(5):
+        queue.offer("short")
+        queue.take(lambda item: True)
+        clock.now += 0.1
+        queue.served(1, 0.1)
+    queue.offer("long")
+    queue.take(lambda item: True)
+    clock.now += 60.0
+    queue.offer("first")
+    clock.now += 7.0
+    with pytest.raises(Busy, match="the wait is too long"):
+        queue.offer("second")
 
 
 @settings(max_examples=40, deadline=None)

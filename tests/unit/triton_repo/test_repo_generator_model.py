@@ -198,15 +198,100 @@ def test_metrics_follow_the_service(loaded: Loaded) -> None:
 
 
 def test_priority_and_timeout_go_along(loaded: Loaded) -> None:
-    request = loaded.ask(parameters='{"onecard_priority": 1}', timeout_us=1_500_000)
+    request = loaded.ask(parameters='{"onecard_priority": 1}', timeout_us=500_000)
     assert loaded.service.arrived.acquire(timeout=5)
-    over_http = loaded.ask(parameters='{"timeout": 2500000}')
+    over_http = loaded.ask(parameters='{"timeout": 700000}')
     assert loaded.service.arrived.acquire(timeout=5)
-    assert loaded.service.urgency == [(1, 1.5), (0, 2.5)]
+    over_http_too_long = loaded.ask(parameters='{"timeout": 900000000}')
+    assert loaded.service.arrived.acquire(timeout=5)
+    levels, limits = zip(*loaded.service.urgency, strict=True)
+    assert levels == (1, 0, 0)
+    # What went by before they were read is gone; no more than the model's deadline is left.
+    assert limits == (pytest.approx(0.5, abs=0.2), pytest.approx(0.7, abs=0.2), pytest.approx(1.5, abs=0.2))
+    assert max(limits) < 1.5
+    assert not over_http_too_long.sender.closed.is_set()
     assert not over_http.sender.closed.is_set()
     wrong = loaded.ask(parameters='{"onecard_priority": "high"}')
     assert (wrong.sender.error.code, wrong.sender.error.message[:18]) == ("INVALID_ARG", "'onecard_priority'")
     assert not request.sender.closed.is_set()
+
+
+def test_no_more_requests_are_read_at_a_time_than_the_queue_and_the_slots_hold(loaded: Loaded) -> None:
+    loaded.service.gate.clear()
+    asked = [loaded.ask() for _ in range(7 + loaded.service.slots + 3)]
+    for rejected in asked[-3:]:
+        assert rejected.sender.error.code == "UNAVAILABLE"
+        assert rejected.sender.error.message == "the queue is full: 9 requests are waiting; try again later"
+    assert loaded.service.refused == 3
+    loaded.service.gate.set()
+    for _ in asked[:-3]:
+        assert loaded.service.arrived.acquire(timeout=5)
+    for text in ("refuse", "fault", "a", "refuse", "fault", "a") * 2:
+        assert until(lambda: loaded.model._places._value == loaded.model._most_read), "a place was lost"
+        loaded.ask(text)
+    for _ in range(4):
+        assert loaded.service.arrived.acquire(timeout=5)
+
+
+def test_time_runs_out_while_a_request_waits_to_be_read(loaded: Loaded) -> None:
+    loaded.service.gate.clear()
+    for _ in range(loaded.module._READERS):
+        loaded.ask()
+    late, patient = loaded.ask(timeout_us=20_000), loaded.ask(timeout_us=1_000_000)
+    time.sleep(0.1)
+    loaded.service.gate.set()
+    assert late.sender.error.code == "UNAVAILABLE"
+    assert late.sender.error.message.startswith("the wait was too long")
+    for _ in range(3):
+        assert loaded.service.arrived.acquire(timeout=5)
+    assert min(limit for _, limit in loaded.service.urgency) < 0.95
+    assert loaded.service.refused == 1
+    assert not patient.sender.closed.is_set()
+
+
+def test_an_id_that_is_no_text_costs_nobody_anything(loaded: Loaded) -> None:
+    neighbour = Request(text=np.array([b"a"], dtype=object))
+    strange = Request(id=b"\xff-7", text=np.array([b"refuse"], dtype=object))
+    assert loaded.model.execute([strange, neighbour]) is None
+    assert strange.sender.error.code == "INVALID_ARG"
+    assert loaded.service.arrived.acquire(timeout=5)
+    assert loaded.triton.log == [r"onecard request_id=\xff-7 model=talk event=rejected reason=bad_input"]
+
+
+def test_counters_begin_when_the_model_is_ready(triton: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The golden requests are its own; no client sent them."""
+
+    def probed(service: Service, folder: Path) -> None:
+        counters = {"llm_generated_tokens_total": 32, "requests_total": {"completed": 4}}
+        service.counts = {**counters, "llm_slots": 2}
+
+    monkeypatch.setattr(probe, "probe_generator", probed)
+    model = importlib.import_module("triton_repo.models.generator").TritonPythonModel()
+    model.initialize(arguments())
+    families = triton.families
+    assert until(lambda: "onecard_reported_timestamp_seconds" in families)
+    model._service.counts = {"llm_generated_tokens_total": 37, "requests_total": {"completed": 5}}
+    model.finalize()
+    assert families["onecard_llm_generated_tokens_total"].made[""].value == 5
+    assert families["onecard_requests_total"].made["completed"].value == 1
+    assert families["onecard_llm_slots"].made[""].value == 2
+
+
+@pytest.mark.parametrize("broken", ["is_cancelled", "log"])
+def test_the_watch_outlives_what_breaks_in_it(
+    loaded: Loaded, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: Any) -> Any:
+        raise RuntimeError("no shared memory")
+
+    first, _ = loaded.running()
+    if broken == "log":
+        monkeypatch.setattr(loaded.triton.Logger, "log_error", fails)
+    first.sender.is_cancelled = fails  # type: ignore[method-assign]
+    time.sleep(0.05)
+    gone, stopped = loaded.running()
+    gone.sender.cancelled = True
+    assert stopped.cancelled.wait(5)
 
 
 def test_what_is_left_at_the_end_is_told_so(loaded: Loaded) -> None:

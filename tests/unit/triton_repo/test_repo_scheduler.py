@@ -568,10 +568,87 @@ def test_closing_ends_everything_and_refuses_more() -> None:
     for one in asked:
         assert one.handle
         assert one.handle.wait(5)
-        assert one.reasons() == {0: "cancelled"}
+        # Which of them had begun is for the thread to say.
+        assert one.reasons()[0] in ("cancelled", "error")
     with pytest.raises(Busy, match="unloaded"):
         asked[0].submit(scheduler)
     assert engine.closed
+
+
+def test_what_waits_when_the_model_goes_is_told_to_come_again() -> None:
+    bench = Bench(HashEngine(slots=1), limits=Limits(max_size=2))
+    running = bench.ask([2], max_tokens=20, stop=frozenset())
+    bench.step()
+    displaced, waiting = bench.ask([3], max_tokens=9), bench.ask([4], max_tokens=9)
+    bench.scheduler.submit(Request([5], SamplingParams(), lambda delta: None, level=1))
+    bench.scheduler.close()
+    assert running.reasons() == {0: "cancelled"}
+    for asked in (displaced, waiting):
+        assert isinstance(asked.deltas[-1].error, Busy)
+        assert str(asked.deltas[-1].error) == "the model is being unloaded"
+    found = bench.scheduler.snapshot()
+    assert (found["rejections_total"]["unloading"], found["requests_total"]["cancelled"]) == (3, 1)
+
+
+@pytest.mark.parametrize("where", ["take", "expired"])
+def test_a_fault_in_choosing_who_is_next_costs_those_who_wait(where: str) -> None:
+    scheduler = Scheduler(HashEngine(slots=1))
+    works = getattr(scheduler._queue, where)
+
+    def broken(*given: Any, **options: Any) -> Any:
+        raise ZeroDivisionError
+
+    setattr(scheduler._queue, where, broken)
+    first, second = (Asked([2, 3], SamplingParams(max_tokens=3), frozenset()) for _ in range(2))
+    first.submit(scheduler)
+    scheduler.start()
+    assert first.handle
+    assert first.handle.wait(5)
+    assert "ZeroDivisionError" in str(first.deltas[-1].error)
+    setattr(scheduler._queue, where, works)
+    second.submit(scheduler)
+    assert second.handle
+    assert second.handle.wait(5)
+    assert second.tokens() == second.alone(24, 32)[0]
+    scheduler.close()
+
+
+def test_a_fault_in_starting_over_does_not_end_the_thread() -> None:
+    scheduler = Scheduler(HashEngine(slots=1))
+    post = scheduler._delivery.post
+    faults = iter([True, True, False])
+
+    def broken(batch: Any) -> None:
+        if next(faults, False):
+            raise RuntimeError("can't start new thread")
+        post(batch)
+
+    scheduler._delivery.post = broken  # type: ignore[method-assign]
+    scheduler.start()
+    lost, found = (Asked([2, 3], SamplingParams(max_tokens=3), frozenset()) for _ in range(2))
+    for asked in (lost, found):
+        asked.submit(scheduler)
+    assert found.handle
+    assert found.handle.wait(5)
+    assert found.tokens() == found.alone(24, 32)[0]
+    scheduler.close()
+
+
+def test_an_llm_with_one_request_waiting_learns_how_long_one_takes() -> None:
+    """Answers of 4 s, and each request comes when one is running and nobody waits."""
+    bench = Bench(HashEngine(slots=1), limits=Limits(deadline_s=10.0))
+    before = bench.ask([2], max_tokens=5, stop=frozenset())
+    for _ in range(5):
+        bench.step()
+        waiting = bench.ask([2], max_tokens=5, stop=frozenset())
+        while not before.done:
+            bench.now += 4 / 3
+            bench.step()
+        before = waiting
+    bench.step()
+    bench.ask([2], max_tokens=5, stop=frozenset())
+    with pytest.raises(Busy, match="the wait is too long"):
+        bench.ask([2], max_tokens=5)
 
 
 def test_nothing_remains_of_finished_requests() -> None:

@@ -303,9 +303,11 @@ def test_unloading_ends_what_runs_and_waits(serve: Callable[..., Any]) -> None:
     long = {"text": "good", "ignore_eos": True, "max_tokens": 100}
     started = [start(service, **long) for _ in range(SLOTS + 2)]
     service.close()
-    for handle, deltas in started:
+    for handle, _ in started:
         assert handle.wait(5)
-        assert deltas[-1].finish_reason == "cancelled"
+    ends = [deltas[-1] for _, deltas in started]
+    assert [end.finish_reason for end in ends] == ["cancelled"] * SLOTS + ["error"] * 2
+    assert {str(end.error) for end in ends[SLOTS:]} == {"the model is being unloaded"}
     with pytest.raises(Busy, match="unloaded"):
         service.generate({"text": "good"})
 
