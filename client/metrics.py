@@ -10,7 +10,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .transport import Endpoint
+from .errors import InvalidInput
+from .transport import Endpoint, refusal
 from .types import GenerationStatus
 
 TIMEOUT_S = 5.0
@@ -64,7 +65,10 @@ def _unescaped(found: re.Match[str]) -> str:
 
 def read(address: str, timeout: float = TIMEOUT_S) -> Scrape:
     """From host:port; an empty one with the reason when it cannot be read."""
-    connection = http.client.HTTPConnection(address.rpartition("://")[2].rstrip("/"), timeout=timeout)
+    try:
+        connection = http.client.HTTPConnection(_host_and_port(address), timeout=timeout)
+    except ValueError as error:  # also http.client.InvalidURL
+        return Scrape(time.monotonic(), error=str(error))
     try:
         connection.request("GET", "/metrics")
         response = connection.getresponse()
@@ -81,13 +85,31 @@ def read(address: str, timeout: float = TIMEOUT_S) -> Scrape:
 def address_for(endpoint: Endpoint, environment: Mapping[str, str] | None = None) -> str:
     """ONECARD_URL_METRICS, else the usual port beside a server on its usual ports, else nothing.
 
-    Beside other ports, what answers at the usual one may be another server's.
+    Beside other ports, what answers at the usual one may be another server's. Raises InvalidInput for a
+    variable that holds no address.
     """
     variables = os.environ if environment is None else environment
     if given := variables.get("ONECARD_URL_METRICS"):
-        return given
+        try:
+            return _host_and_port(given)
+        except ValueError as error:
+            raise InvalidInput(
+                f"cannot use ONECARD_URL_METRICS={given!r}: {error}",
+                next_step="set it to host:port or [IPv6]:port, or unset it",
+            ) from None
     port = endpoint.address.partition("/")[0].rpartition(":")[2]
     return f"{endpoint.host}:{METRICS_PORT}" if port in USUAL_PORTS else ""
+
+
+def _host_and_port(address: str) -> str:
+    """Of host:port, with or without http://. Raises ValueError with the reason for anything else."""
+    scheme, separator, rest = address.rpartition("://")
+    rest = rest.rstrip("/")
+    if separator and scheme != "http":
+        raise ValueError(f"metrics are read over http, not {scheme}")
+    if reason := refusal(rest):
+        raise ValueError(reason)
+    return rest
 
 
 def generation_status(scrape: Scrape, model: str) -> GenerationStatus | None:

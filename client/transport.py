@@ -5,7 +5,9 @@ Tests put their own object in place of a transport; nothing above this line know
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -84,6 +86,9 @@ _SCHEMES: dict[str, tuple[WireProtocol | None, bool]] = {
     "http": ("http", False),
     "https": ("http", True),
 }
+# A name, an IPv4 address, or a name in letters of any script. A colon would be a second port.
+_NAME = re.compile(r"[\w.-]+")
+_PATH = re.compile(r"[^\s?#\x00-\x1f\x7f]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +102,7 @@ class Endpoint:
     @property
     def host(self) -> str:
         """Without the port; an IPv6 address keeps its brackets."""
-        return self.address.partition("/")[0].rpartition(":")[0]
+        return host_of(self.address)
 
     @property
     def url(self) -> str:
@@ -129,10 +134,41 @@ class Endpoint:
         if protocol and spoken and protocol != spoken:
             raise InvalidInput(f"{url!r} contradicts protocol {protocol!r}")
         address = address.rstrip("/")
-        host, _, port = address.partition("/")[0].rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
-            raise InvalidInput(f"cannot use {url!r}: write host:port")
-        return cls(spoken or ("http" if protocol == "http" else "grpc"), address, tls)
+        chosen = spoken or ("http" if protocol == "http" else "grpc")
+        if reason := refusal(address, path_allowed=chosen == "http"):
+            raise InvalidInput(f"cannot use {url!r}: {reason}", next_step="write host:port or [IPv6]:port")
+        return cls(chosen, address, tls)
+
+
+def host_of(address: str) -> str:
+    """Of host:port, with or without a path; an IPv6 address keeps its brackets."""
+    return address.partition("/")[0].rpartition(":")[0]
+
+
+def refusal(address: str, *, path_allowed: bool = False) -> str | None:
+    """Why the address is not host:port; None where it is."""
+    where, slash, path = address.partition("/")
+    host, colon, port = where.rpartition(":")
+    if slash and not path_allowed:
+        return "a path has no place there"
+    if not _PATH.fullmatch(path):
+        return "its path holds white space, or what belongs to no path"
+    if not colon or not host:
+        return "the host or the port is missing"
+    if not port.isascii() or not port.isdigit() or not 0 < int(port[:6]) < 65536:
+        return f"{port!r} is no port"
+    if not _is_host(host):
+        return f"{host!r} is no host"
+    return None
+
+
+def _is_host(host: str) -> bool:
+    if not host.startswith("["):
+        return _NAME.fullmatch(host) is not None
+    try:
+        return host.endswith("]") and ipaddress.ip_address(host[1:-1]).version == 6
+    except ValueError:
+        return False
 
 
 def open_transport(endpoint: Endpoint, access: Access) -> Transport:

@@ -70,7 +70,9 @@ class Grpc(_PerLoop):
     def _open(self) -> Any:
         credentials = self._access.channel_credentials() if self.endpoint.tls else None
         return tritonclient.grpc.aio.InferenceServerClient(
-            self.endpoint.address, creds=credentials, channel_args=wire.CHANNEL_ARGUMENTS
+            self.endpoint.address,
+            creds=credentials,
+            channel_args=wire.channel_arguments(self.endpoint.address),
         )
 
     async def infer(self, request: InferRequest, timeout: float) -> InferReply:

@@ -22,10 +22,11 @@ LINE_BYTES = 2**23
 
 
 def open_channel(endpoint: Endpoint, access: Access) -> Any:
+    options = wire.channel_arguments(endpoint.address)
     if endpoint.tls:
         credentials = access.channel_credentials()
-        return grpc.aio.secure_channel(endpoint.address, credentials, options=wire.CHANNEL_ARGUMENTS)
-    return grpc.aio.insecure_channel(endpoint.address, options=wire.CHANNEL_ARGUMENTS)
+        return grpc.aio.secure_channel(endpoint.address, credentials, options=options)
+    return grpc.aio.insecure_channel(endpoint.address, options=options)
 
 
 def open_session(endpoint: Endpoint, access: Access) -> Any:

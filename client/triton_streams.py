@@ -26,10 +26,11 @@ from .watch import Watch
 
 
 def open_channel(endpoint: Endpoint, access: Access) -> Any:
+    options = wire.channel_arguments(endpoint.address)
     if endpoint.tls:
         credentials = access.channel_credentials()
-        return grpc.secure_channel(endpoint.address, credentials, options=wire.CHANNEL_ARGUMENTS)
-    return grpc.insecure_channel(endpoint.address, options=wire.CHANNEL_ARGUMENTS)
+        return grpc.secure_channel(endpoint.address, credentials, options=options)
+    return grpc.insecure_channel(endpoint.address, options=options)
 
 
 def stream_failure(error: BaseException, url: str, request: InferRequest) -> ClientError:

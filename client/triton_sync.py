@@ -23,7 +23,7 @@ class Grpc:
         self.endpoint, self._access = endpoint, access
         credentials = access.channel_credentials() if endpoint.tls else None
         self._client = tritonclient.grpc.InferenceServerClient(
-            endpoint.address, creds=credentials, channel_args=wire.CHANNEL_ARGUMENTS
+            endpoint.address, creds=credentials, channel_args=wire.channel_arguments(endpoint.address)
         )
         self._channel: Any = None  # for streams; opened with the first
         self._lock = threading.Lock()

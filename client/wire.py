@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .access import Access
+from .access import Access, is_loopback
 from .codec import InferReply, InferRequest
+from .transport import host_of
 
 # gRPC waits longer and longer before it connects again to a server that was away; our own retries are the
 # ones with a policy, so the channel's are kept short. Message sizes as tritonclient's default.
@@ -16,8 +17,15 @@ CHANNEL_ARGUMENTS: list[tuple[str, Any]] = [
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
+# gRPC asks the proxy that the environment names (grpc_proxy, https_proxy, http_proxy) even for this machine.
+_DIRECT = ("grpc.enable_http_proxy", 0)
 # Triton's own priority reaches no Python model, so the models read a parameter of ours.
 PRIORITY = "onecard_priority"
+
+
+def channel_arguments(address: str) -> list[tuple[str, Any]]:
+    """Of a channel to host:port. What goes to this machine goes through no proxy, which would read it."""
+    return [*CHANNEL_ARGUMENTS, _DIRECT] if is_loopback(host_of(address)) else CHANNEL_ARGUMENTS
 
 
 def infer_arguments(module: Any, request: InferRequest, timeout: float, access: Access) -> dict[str, Any]:

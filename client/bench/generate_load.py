@@ -17,7 +17,7 @@ from ..codec import InferRequest
 from ..errors import BenchError
 from ..generate import OUTPUTS, parameters, request_inputs
 from ..generate import Prompt as WirePrompt
-from ..wire import CHANNEL_ARGUMENTS, stream_message
+from ..wire import channel_arguments, stream_message
 from .generate_data import Prompt
 from .loadgen import REJECTED_PAUSE_S, STRAGGLERS_S, never, percentile
 
@@ -179,7 +179,7 @@ class Streamer:
         import grpc.aio
 
         self._end = grpc.aio.EOF
-        self._channel = grpc.aio.insecure_channel(self._address, options=CHANNEL_ARGUMENTS)
+        self._channel = grpc.aio.insecure_channel(self._address, options=channel_arguments(self._address))
         self._call = self._channel.stream_stream(METHOD, request_serializer=None, response_deserializer=None)
         return self
 

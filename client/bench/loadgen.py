@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from ..errors import BenchError
 from ..failures import translate
+from ..wire import channel_arguments
 
 Send = Callable[[bytes], Awaitable[object]]
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
@@ -157,7 +158,7 @@ class Sender:
     async def __aenter__(self) -> Send:
         import grpc.aio
 
-        self._channel = grpc.aio.insecure_channel(self._address)
+        self._channel = grpc.aio.insecure_channel(self._address, options=channel_arguments(self._address))
         call = self._channel.unary_unary(METHOD, request_serializer=None, response_deserializer=None)
 
         async def send(payload: bytes) -> object:
