@@ -15,7 +15,11 @@ import pytest
 from server_processes import SERVE, alive, regions, served_by_command, wait_until
 
 from build_engines.errors import ServerError
+from client import Client
+from client.status import UNKNOWN_ADDRESS
 from triton_repo import ports, shared_memory
+from triton_repo.control import Control
+from triton_repo.running import read_running
 from triton_repo.server import Server, ServerOptions
 
 pytestmark = pytest.mark.serving
@@ -77,6 +81,31 @@ def test_a_command_gets_the_addresses_and_its_exit_code_is_kept(one_model: Path,
     address, pid = done.stdout.split()
     assert address in done.stderr
     assert not alive(int(pid))
+
+
+def test_a_server_is_served_from_and_stopped_beside_a_proxy(
+    one_model: Path, tmp_path: Path, proxy: socket.socket
+) -> None:
+    with Server(one_model, ServerOptions(free_ports=True, log=tmp_path / "log")) as server:
+        for url in (server.urls["grpc"], f"http://{server.urls['http']}"):
+            with Client(url) as client:
+                assert client.embed("good").vector.size
+                assert client.status().metrics_error in (None, UNKNOWN_ADDRESS)
+        assert Control(read_running(one_model)).states()["vector"][1].phase == "READY"
+    assert "successfully unloaded 'vector'" in (tmp_path / "log").read_text()
+    with pytest.raises(BlockingIOError):
+        proxy.accept()
+
+
+def test_a_second_server_on_the_folder_leaves_the_first_alone(one_model: Path, tmp_path: Path) -> None:
+    with served_by_command(one_model, "--log", str(tmp_path / "log")) as (_, ready):
+        command = [*SERVE, str(one_model), "--free-ports", "--log", str(tmp_path / "log")]
+        refused = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert refused.returncode == ServerError.exit_code
+        assert f"process {ready['pid']}, http {ready['urls']['http']}" in refused.stderr
+        assert "Traceback" not in refused.stderr
+        assert not (tmp_path / "log.1").exists()
+        assert read_running(one_model).pid == ready["pid"]
 
 
 def copied(repository: Path, out: Path) -> Path:
