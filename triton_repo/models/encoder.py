@@ -55,11 +55,12 @@ class TritonPythonModel:
         """The queue, and the metrics of it and of the engine."""
         from triton_repo.runtime.admission import Limits, read_level
         from triton_repo.runtime.batching import Batcher, Ticket
-        from triton_repo.runtime.exchange import EventLog, Exchange, id_of, to_response
+        from triton_repo.runtime.exchange import EventLog, Exchange, id_of, parameters_of, to_response
         from triton_repo.runtime.metrics import Publisher, Reporter, labels
 
         self._log = EventLog(self._pb, args["model_name"])
-        self._exchange, self._id_of, self._to_response = Exchange, id_of, to_response
+        self._exchange, self._to_response = Exchange, to_response
+        self._id_of, self._parameters_of = id_of, parameters_of
         self._ticket, self._read_level = Ticket, read_level
         self._batcher = Batcher(self._service, Limits.read(parameters))
         self._batcher.start()
@@ -100,7 +101,7 @@ class TritonPythonModel:
             }
             # Triton's timeout is in microseconds, 0 for none.
             timeout_s = request.timeout() / 1e6 or math.inf
-            return self._ticket(inputs, self._read_level(request.parameters()), timeout_s)
+            return self._ticket(inputs, self._read_level(self._parameters_of(request)), timeout_s)
         except Exception as error:
             self._batcher.refuse(error)
             return error

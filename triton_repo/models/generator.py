@@ -59,16 +59,16 @@ class TritonPythonModel:
 
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         try:
-            self._limits = Limits.read(parameters)
+            limits = Limits.read(parameters)
             self._service = GenerationService.open(
-                folder, device=int(args["model_instance_device_id"]), limits=self._limits
+                folder, device=int(args["model_instance_device_id"]), limits=limits
             )
             probe_generator(self._service, folder)
         except (EngineRefused, EngineFailed, TokenizerRefused, TemplateRefused) as error:
             raise pb_utils.TritonModelException(f"engine refused: {error}") from None
         self._readers = ThreadPoolExecutor(_READERS, "reader")
         # So many may be on their way to the queue as it and the slots hold.
-        self._most_read = self._limits.max_size + self._service.slots
+        self._most_read = limits.max_size + self._service.slots
         self._places = threading.BoundedSemaphore(self._most_read)
         self._log = EventLog(pb_utils, args["model_name"])
         self._watch = _Watch(pb_utils.Logger)
@@ -91,13 +91,15 @@ class TritonPythonModel:
     def _take_in(self, call: _Call, request: Any) -> None:
         """Have it read, which takes as long as its prompt is; raises Busy where too many wait for that."""
         from triton_repo.runtime.admission import full
+        from triton_repo.runtime.exchange import parameters_of
 
         tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         # Triton's timeout is in microseconds, 0 for none.
         timeout_s = request.timeout() / 1e6 or math.inf
+        parameters = parameters_of(request)
         if not self._places.acquire(blocking=False):
             raise full(self._most_read)
-        self._readers.submit(self._begin, call, tensors, request.parameters(), timeout_s)
+        self._readers.submit(self._begin, call, tensors, parameters, timeout_s)
 
     def finalize(self) -> None:
         """End what still runs, tell its clients, and free the engine before the interpreter goes."""
@@ -108,7 +110,7 @@ class TritonPythonModel:
         del self._service
 
     def _begin(self, call: _Call, tensors: Mapping[str, Any], parameters: str, timeout_s: float) -> None:
-        from triton_repo.runtime.admission import Busy, expired, read_level, read_timeout
+        from triton_repo.runtime.admission import read_level, read_timeout
         from triton_repo.runtime.texts import BadRequest
         from triton_repo.runtime.wire import Reply, read_fields
 
@@ -116,14 +118,13 @@ class TritonPythonModel:
             try:
                 fields, stream = read_fields(tensors, parameters)
                 level, timeout_s = read_level(parameters), min(timeout_s, read_timeout(parameters))
-                left_s = min(timeout_s, self._limits.deadline_s) - (time.monotonic() - call.arrived)
-                if left_s <= 0:
-                    raise expired(self._limits)
-            except (BadRequest, Busy) as error:
+            except BadRequest as error:
                 self._service.refuse(error)
                 raise
             reply = Reply(call.exchange.send, stream=stream)
-            call.handle = self._service.submit(fields, reply, level=level, timeout_s=left_s)
+            call.handle = self._service.submit(
+                fields, reply, level=level, timeout_s=timeout_s, arrived=call.arrived
+            )
         except Exception as error:  # a fault of ours must not leave a client waiting either
             call.exchange.send(error)
         finally:

@@ -132,38 +132,56 @@ class AdmissionQueue(Generic[T]):
         return sum(map(len, self._levels))
 
     def offer(
-        self, item: T, *, level: int = 0, work: float = 1.0, timeout_s: float = math.inf, room: int = 0
+        self,
+        item: T,
+        *,
+        level: int = 0,
+        work: float = 1.0,
+        timeout_s: float = math.inf,
+        room: int = 0,
+        arrived: float | None = None,
     ) -> T | None:
-        """Let `item` wait, at most `timeout_s` seconds if that is less than the deadline.
+        """Let `item` wait, at most `timeout_s` seconds if that is less than the deadline, since it `arrived`
+        by the queue's clock (None: now).
 
         `level` 0 is the default one; beyond the last one counts as the last. `room`: how many requests could
         start at once and are therefore not waiting. Returns the request that gave up its place, if one did:
         a full queue rejects the youngest of the least urgent. Raises Busy.
         """
-        self.check(level=level, work=work, timeout_s=timeout_s, room=room)
+        self.check(level=level, work=work, timeout_s=timeout_s, room=room, arrived=arrived)
         place = self._place(level)
         displaced = self._make_room() if len(self) >= self.limits.max_size + room else None
-        entry = _Entry(work, self._clock(), min(self.limits.deadline_s, timeout_s))
+        since = self._clock() if arrived is None else arrived
+        entry = _Entry(work, since, min(self.limits.deadline_s, timeout_s))
         self._levels[place][item] = entry
         self._work[place] += work
         self.soonest = min(self.soonest, entry.expires(math.inf))
         return displaced
 
-    def check(self, *, level: int = 0, work: float = 1.0, timeout_s: float = math.inf, room: int = 0) -> None:
+    def check(
+        self,
+        *,
+        level: int = 0,
+        work: float = 1.0,
+        timeout_s: float = math.inf,
+        room: int = 0,
+        arrived: float | None = None,
+    ) -> None:
         """Raises Busy if `offer` would."""
         size, place = len(self), self._place(level)
         if size < room:
             return
+        if size >= self.limits.max_size + room and self._least_urgent() <= place:
+            raise full(size)
         limit = min(self.limits.deadline_s, timeout_s)
-        wait = self._wait(place, work)
+        waited = 0.0 if arrived is None else self._clock() - arrived
+        wait = waited + self._wait(place, work)
         if wait > _MARGIN * limit:
             raise Busy(
                 f"the wait is too long: about {wait * 1000:.0f} ms, and the deadline is "
                 f"{limit * 1000:.0f} ms after arrival; try again later",
                 "deadline",
             )
-        if size >= self.limits.max_size + room and self._least_urgent() <= place:
-            raise full(size)
 
     def take(
         self, fits: Callable[[T], bool], *, most: int | None = None, seconds: float = math.inf

@@ -79,6 +79,14 @@ def id_of(request: Any) -> str:
         return error.object.decode(errors="backslashreplace")
 
 
+def parameters_of(request: Any) -> str:
+    """A request's parameters as JSON. Raises BadRequest: over HTTP they may be any bytes too."""
+    try:
+        return str(request.parameters())
+    except UnicodeDecodeError:
+        raise BadRequest("the request's parameters are not valid UTF-8") from None
+
+
 class Exchange:
     """A response sender that is used up by the last response; from any thread.
 

@@ -47,7 +47,7 @@ class Schedules(Protocol):
 
     def start(self) -> None: ...
 
-    def check(self, level: int, timeout_s: float) -> None: ...
+    def check(self, level: int, timeout_s: float, arrived: float | None = None) -> None: ...
 
     def submit(self, request: Request) -> Handle: ...
 
@@ -113,11 +113,10 @@ class GenerationService:
         *,
         level: int = 0,
         timeout_s: float = math.inf,
+        arrived: float | None = None,
     ) -> Handle:
         """Start generating for a request of the fields in FIELDS, exactly one of text and messages among
-        them; `level` and `timeout_s` as in `jobs.Request`.
-
-        What reading the prompt takes is taken from `timeout_s`.
+        them; `level`, `timeout_s` and `arrived` (monotonic seconds; None: now) as in `jobs.Request`.
 
         `on_delta` gets every delta in order, on another thread; the last one has `usage`. It may be slow
         without holding up anybody else; if it raises, the request is cancelled. A field that is None is not
@@ -128,11 +127,10 @@ class GenerationService:
         """
         try:
             # Before its prompt is tokenized: a crowd must not keep the processor busy with being rejected.
-            self._scheduler.check(level, timeout_s)
-            began = time.monotonic()
+            since = time.monotonic() if arrived is None else arrived
+            self._scheduler.check(level, timeout_s, since)
             read = self._read(request, on_delta)
-            left_s = max(0.0, timeout_s - (time.monotonic() - began))
-            read = replace(read, level=level, timeout_s=left_s)
+            read = replace(read, level=level, timeout_s=timeout_s, arrived=since)
         except (BadRequest, Busy) as error:
             self.refuse(error)
             raise

@@ -49,7 +49,7 @@ class Request:
     on_delta is called with every Delta, in order, on a thread that is not the scheduler's; if it raises,
     the request is cancelled. stop_ids are the tokens that end a sample, the model's own and the request's;
     open_text makes the text stream of each sample. level is its priority, 0 the default one; timeout_s its
-    own limit on the wait for a slot.
+    own limit on the wait for a slot, since it arrived by the scheduler's clock (None: when it is submitted).
     """
 
     prompt: Sequence[int]
@@ -59,6 +59,7 @@ class Request:
     open_text: Callable[[], TextOut] = NoText
     level: int = 0
     timeout_s: float = math.inf
+    arrived: float | None = None
 
 
 @dataclass(slots=True, eq=False)

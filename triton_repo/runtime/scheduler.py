@@ -77,16 +77,21 @@ class Scheduler:
     def submit(self, request: Request) -> Handle:
         """Put a request in the queue; returns at once.
 
-        Raises BadRequest for what can never run here (naming the field), Busy for what is sent away.
+        Raises BadRequest for what can never run here (naming the field), Busy for what is rejected.
         """
         try:
             prompt = checked_prompt(request, self._engine)
-            job = Job(request, prompt, self._clock(), Outbox(request.on_delta, lambda: self._cancel(job)))
+            since = self._clock() if request.arrived is None else request.arrived
+            job = Job(request, prompt, since, Outbox(request.on_delta, lambda: self._cancel(job)))
             with self._changed:
                 if self._closing:
                     raise unloading()
                 gave_up = self._queue.offer(
-                    job, level=request.level, timeout_s=request.timeout_s, room=self._table.free
+                    job,
+                    level=request.level,
+                    timeout_s=request.timeout_s,
+                    room=self._table.free,
+                    arrived=since,
                 )
                 if gave_up is not None:
                     self._displaced.append(gave_up)
@@ -96,10 +101,10 @@ class Scheduler:
             raise
         return Handle(job, self._cancel)
 
-    def check(self, level: int, timeout_s: float) -> None:
-        """Raises Busy if a request would be sent away, before anything of it is read."""
+    def check(self, level: int, timeout_s: float, arrived: float | None = None) -> None:
+        """Raises Busy if a request would be rejected, before anything of it is read."""
         with self._changed:
-            self._queue.check(level=level, timeout_s=timeout_s, room=self._table.free)
+            self._queue.check(level=level, timeout_s=timeout_s, room=self._table.free, arrived=arrived)
 
     def refuse(self, error: Exception) -> None:
         """Count a request that did not become a job."""

@@ -139,21 +139,26 @@ class LlmScheduler:
         """Run the event loop in a thread of its own."""
         self._thread.start()
 
-    def check(self, level: int, timeout_s: float) -> None:
-        """Raises Busy if a request would be sent away, before anything of it is read."""
+    def check(self, level: int, timeout_s: float, arrived: float | None = None) -> None:
+        """Raises Busy if a request would be rejected, before anything of it is read."""
         with self._lock:
-            self._queue.check(level=level, timeout_s=timeout_s, room=self._free)
+            self._queue.check(level=level, timeout_s=timeout_s, room=self._free, arrived=arrived)
 
     def submit(self, request: Request) -> Handle:
-        """Put a request in the queue. Raises BadRequest, or Busy for what is sent away."""
+        """Put a request in the queue. Raises BadRequest, or Busy for what is rejected."""
         try:
             prompt = self._checked(request)
-            job = Job(request, prompt, time.monotonic(), Outbox(request.on_delta, lambda: self._cancel(job)))
+            since = time.monotonic() if request.arrived is None else request.arrived
+            job = Job(request, prompt, since, Outbox(request.on_delta, lambda: self._cancel(job)))
             with self._lock:
                 if self._closing:
                     raise unloading()
                 gave_up = self._queue.offer(
-                    job, level=request.level, timeout_s=request.timeout_s, room=self._free
+                    job,
+                    level=request.level,
+                    timeout_s=request.timeout_s,
+                    room=self._free,
+                    arrived=since,
                 )
                 self._loop.call_soon_threadsafe(self._begin, gave_up)
         except (BadRequest, Busy) as error:
@@ -208,7 +213,7 @@ class LlmScheduler:
     # In the event loop.
 
     def _begin(self, gave_up: Job | None = None) -> None:
-        """Send away whose place or time is gone, start what has slots now, and come back for the next."""
+        """Reject whose place or time is gone, start what has slots now, and come back for the next."""
         with self._lock:
             late = self._queue.expired()
             while found := self._queue.take(lambda job: job.request.params.n <= self._free, most=1):

@@ -214,6 +214,19 @@ def test_a_request_s_own_timeout_is_its_deadline() -> None:
         queue.offer(object(), timeout_s=1.0)
 
 
+def test_time_before_the_queue_is_time_of_the_deadline() -> None:
+    clock = Clock()
+    queue: AdmissionQueue[str] = AdmissionQueue(Limits(deadline_s=10.0), clock)
+    with pytest.raises(Busy, match="about 6500 ms, and the deadline is 10000 ms after arrival"):
+        queue.offer("late", arrived=clock.now - 6.5)
+    queue.offer("in time", arrived=clock.now - 5.0)
+    queue.offer("slots are free", arrived=clock.now - 8.0, room=2)
+    clock.now += 3.0
+    assert queue.expired() == ["slots are free"]
+    clock.now += 1.0
+    assert queue.expired() == ["in time"]
+
+
 def test_a_model_that_stalls_turns_requests_away() -> None:
     """The rate was learned in better times; what is late says more."""
     clock = Clock()

@@ -204,7 +204,8 @@ def test_priority_and_timeout_are_read(model: Any) -> None:
     assert (found.level, found.timeout_s) == (3, 1.5)
     found = model._read(ask("a"))
     assert (found.level, found.timeout_s) == (0, math.inf)
-    assert isinstance(model._read(ask("a", parameters='{"onecard_priority": -3}')), BadRequest)
+    for wrong in ('{"onecard_priority": -3}', b'{"note": "\xff"}'):
+        assert isinstance(model._read(ask("a", parameters=wrong)), BadRequest)
 
 
 def test_metrics_have_the_version_and_the_last_counts(module: Any, model: Any) -> None:

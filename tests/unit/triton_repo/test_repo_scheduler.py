@@ -491,6 +491,23 @@ def test_waiting_too_long_is_an_error_with_the_limit() -> None:
     assert bench.scheduler.snapshot()["rejections_total"]["expired"] == 1
 
 
+def test_a_request_has_waited_since_it_arrived() -> None:
+    bench = Bench(HashEngine(slots=1), limits=Limits(deadline_s=30.0))
+    deltas: list[Delta] = []
+    params = SamplingParams(max_tokens=1)
+    bench.scheduler.submit(Request([2], params, deltas.append, arrived=bench.now - 7))
+    bench.step()
+    assert deltas[-1].usage
+    assert deltas[-1].usage["queue_ms"] == 7000
+    running = bench.ask([2, 3], max_tokens=20, stop=frozenset())
+    bench.step()
+    with pytest.raises(Busy, match="the wait is too long"):
+        bench.scheduler.check(0, 30.0, bench.now - 20)
+    with pytest.raises(Busy, match="the wait is too long"):
+        bench.scheduler.submit(Request([2], params, deltas.append, arrived=bench.now - 20))
+    assert not running.done
+
+
 def test_usage_and_rate_are_of_the_clock() -> None:
     bench = Bench(HashEngine(slots=1, chunk=2))
     first = bench.ask([2, 3, 4, 5], max_tokens=4, stop=frozenset())

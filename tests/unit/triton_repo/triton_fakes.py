@@ -43,10 +43,10 @@ class Sender:
 
 
 class Request:
-    """Its id may be bytes, as a client may send them: then it is read as Triton does, or not at all."""
+    """Id and parameters may be bytes, which are read as Triton does: not at all where they are no UTF-8."""
 
     def __init__(
-        self, parameters: str = "{}", timeout_us: int = 0, id: bytes = b"r-1", **tensors: Any
+        self, parameters: str | bytes = "{}", timeout_us: int = 0, id: bytes = b"r-1", **tensors: Any
     ) -> None:
         self.sender = Sender()
         self._parameters, self._timeout_us = parameters, timeout_us
@@ -59,7 +59,8 @@ class Request:
         return [_Tensor(name, value) for name, value in self._tensors.items()]
 
     def parameters(self) -> str:
-        return self._parameters
+        given = self._parameters
+        return given.decode() if isinstance(given, bytes) else given
 
     def timeout(self) -> int:
         return self._timeout_us
@@ -170,6 +171,7 @@ class Service:
         self.closed = False
         self.refused = 0
         self.urgency: list[tuple[int, float]] = []
+        self.since: list[float] = []
         self.gate = threading.Event()  # a prompt is read when it is open
         self.gate.set()
 
@@ -178,7 +180,13 @@ class Service:
         return cls(settings)
 
     def submit(
-        self, fields: dict[str, Any], on_delta: Callable[[Delta], object], *, level: int, timeout_s: float
+        self,
+        fields: dict[str, Any],
+        on_delta: Callable[[Delta], object],
+        *,
+        level: int,
+        timeout_s: float,
+        arrived: float,
     ) -> Handle:
         assert self.gate.wait(5)
         if fields.get("text") == b"refuse":
@@ -190,6 +198,7 @@ class Service:
         handle = Handle(on_delta)
         self.fields.append(fields)
         self.urgency.append((level, timeout_s))
+        self.since.append(arrived)
         self.handles.append(handle)
         self.arrived.release()
         return handle
