@@ -169,12 +169,12 @@ class Scheduler:
             job = self._cancelled.popleft()
             if job.state != "done":
                 self._end(job, "cancelled")
-        self._send_away()
+        self._reject_waiting()
         self._prefill()
         self._decode()
         return self._busy or bool(self._queue)
 
-    def _send_away(self) -> None:
+    def _reject_waiting(self) -> None:
         """Tell those that gave up their place, and those whose time ran out."""
         while self._displaced:
             job = self._displaced.popleft()

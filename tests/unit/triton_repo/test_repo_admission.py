@@ -117,7 +117,7 @@ def busy(clock: Clock, queue: AdmissionQueue[Any], *, seconds: float, batch: int
 
 
 def fill(queue: AdmissionQueue[Any], level: int = 0) -> Busy:
-    """Offer until one is sent away."""
+    """Offer until one is rejected."""
     for _ in range(10_000):
         try:
             queue.offer(object(), level=level)
@@ -137,7 +137,7 @@ def test_nothing_is_predicted_before_anyone_has_waited() -> None:
     queue.offer(object(), work=1e9)
 
 
-def test_a_slow_start_sends_nobody_away() -> None:
+def test_a_slow_start_rejects_nobody() -> None:
     """The warm-up took a thousand times as long as what comes now."""
     clock = Clock()
     queue: AdmissionQueue[Any] = AdmissionQueue(Limits(deadline_s=10.0), clock)
@@ -156,7 +156,7 @@ def test_a_slow_start_sends_nobody_away() -> None:
 
 
 @pytest.mark.parametrize("deadline", [1.0, 2.0, 5.0])
-def test_what_cannot_be_answered_in_time_is_sent_away_when_it_arrives(deadline: float) -> None:
+def test_what_cannot_be_answered_in_time_is_rejected_when_it_arrives(deadline: float) -> None:
     """64 requests in 0.2 s: 320 a second, so about deadline * 320 may wait, less the margin."""
     clock = Clock()
     queue: AdmissionQueue[Any] = AdmissionQueue(Limits(max_size=100_000, deadline_s=deadline), clock)

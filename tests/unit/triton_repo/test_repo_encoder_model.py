@@ -150,7 +150,7 @@ def test_what_was_not_answered_is_in_the_log_by_its_id_and_without_its_text(modu
     assert log[1:] == ["onecard request_id=r-1 model=vector event=failed reason=AttributeError"]
     for _ in range(100):
         model.execute([ask("bad")])
-    assert 20 <= len(log) <= 62, "a crowd that is sent away must not fill the log"
+    assert 20 <= len(log) <= 62, "a crowd that is rejected must not fill the log"
 
 
 def test_an_id_that_is_no_text_costs_nobody_anything(module: Any, model: Any) -> None:
