@@ -15,16 +15,20 @@ from typing import Final
 from build_engines.stack import Model, ModelShape, Precision, Task
 
 HALF: Final = 2
+_SINGLE: Final = 4
 _QUANTIZED: Final = ("int8", "int8-weights")
 # Kernels and plan data that the engine file carries beside the weights: a constant, and per layer.
 _CODE: Final[dict[str, tuple[int, int]]] = {
     "fp16": (2_300_000, 510_000),
+    # ONNX Runtime's alone, never measured: counted as FP16's.
+    "fp32": (2_300_000, 510_000),
     # Between layers that are all static (220,000 each) and ones of which some got FP16 activations back.
     "int8": (3_800_000, 370_000),
     "int8-weights": (2_500_000, 515_000),
 }
 _CODE_MODERNBERT: Final[dict[str, tuple[int, int]]] = {
     "fp16": (3_300_000, 220_000),
+    "fp32": (3_300_000, 220_000),
     "int8": (3_100_000, 555_000),
     "int8-weights": (3_100_000, 545_000),
 }
@@ -76,8 +80,10 @@ def engine_memory(model: Model, shape: ModelShape, precision: Precision, context
 def tensor_bytes(shape: ModelShape, task: Task, precision: Precision) -> int:
     """Weights as stored: the layers' matrices at 1 byte with an FP16 scale per output channel, or at 2 bytes.
 
-    Embeddings, norms, biases and the task's head stay FP16 in every precision.
+    Embeddings, norms, biases and the task's head stay FP16 in every precision but FP32, which doubles all.
     """
+    if precision == "fp32":
+        return 2 * tensor_bytes(shape, task, "fp16")
     quantized = precision in _QUANTIZED
     linear, outputs = _layer_matrices(shape)
     layer = linear + HALF * outputs if quantized else HALF * linear
@@ -120,7 +126,7 @@ def activation_bytes(shape: ModelShape, precision: Precision, batch: int, sequen
     S, S] live through both.
     """
     modern = shape.family == "modernbert"
-    hidden = HALF * batch * sequence * shape.hidden
+    hidden = (_SINGLE if precision == "fp32" else HALF) * batch * sequence * shape.hidden
     square = shape.hidden * shape.hidden if precision in _QUANTIZED else 0
     ffn = _ffn_tensors(precision, shape.ffn / shape.hidden, gated=modern)
     # For so few tokens every layer's q/k/v weight is widened to FP16 ahead of its use; else one at a time.
@@ -132,7 +138,7 @@ def activation_bytes(shape: ModelShape, precision: Precision, batch: int, sequen
 
 
 def _ffn_tensors(precision: Precision, width: float, *, gated: bool) -> float:
-    """How many [batch, sequence, hidden] FP16 tensors live in the FFN; `width` is ffn/hidden.
+    """How many [batch, sequence, hidden] tensors live in the FFN; `width` is ffn/hidden.
 
     `int8` counts as `int8-weights`, which takes more: the accuracy gate may give any layer its FP16
     activations back, and one such layer is enough for the larger peak.

@@ -17,7 +17,7 @@ from build_engines.errors import PlanError
 from build_engines.memory import EngineMemory, engine_memory
 from build_engines.profiles import DecoderProfile, Profile, decoder_profile, engine_profile
 from build_engines.shapes import Shape, resolve_shape
-from build_engines.stack import MAX_CAPACITY, DecoderShape, Model, Precision, Stack, Task
+from build_engines.stack import MAX_CAPACITY, DecoderShape, Model, Precision, Stack, Task, compiles
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from build_engines.proposals import Proposal
 
-# FP32 attention has no TensorRT kernel, so an FP32 engine is an ONNX Runtime one and takes none of the card.
-CPU_ONLY: Final[tuple[Precision, ...]] = ("fp32",)
 # What an LLM gets where the stack file leaves it open: slots as long as most conversations or, where not even
 # one such fits, shorter; and as many as fit, up to where reading the weights no longer decides a step's time.
 _OPEN_LENGTH: Final = 2048
@@ -242,7 +240,7 @@ def plan_shapes(stack: Stack, shapes: dict[str, Shape]) -> Plan:
             variant
             for model in stack.models.values()
             for precision, variant in model.variants.items()
-            if precision in CPU_ONLY
+            if not on_card(stack, model, precision)
         ),
         chosen=tuple(
             f"{model.name}: the plan chose {chosen.slots} slots of {chosen.max_length:,} tokens"
@@ -252,12 +250,21 @@ def plan_shapes(stack: Stack, shapes: dict[str, Shape]) -> Plan:
     )
 
 
+def on_card(stack: Stack, model: Model, precision: Precision) -> bool:
+    """Whether the plan counts this engine: all but FP32 ones that no target of the stack runs on a GPU.
+
+    Others are counted even where the stack names no target for a GPU yet.
+    """
+    on_gpu = [target for target in stack.targets if target != "onnxruntime"]
+    return precision != "fp32" or any(compiles(target, model.task, precision) for target in on_gpu)
+
+
 def _engines(stack: Stack, shapes: dict[str, Shape]) -> Iterator[EnginePlan]:
     context = stack.context_mib * MIB
     for model in stack.models.values():
         shape = shapes[model.name]
         for precision, variant in model.variants.items():
-            if precision in CPU_ONLY:
+            if not on_card(stack, model, precision):
                 continue
             profile: Profile | DecoderProfile
             if isinstance(shape, DecoderShape):
@@ -367,7 +374,6 @@ def _cell(size: int) -> str:
 
 
 __all__ = [
-    "CPU_ONLY",
     "DecoderProfile",
     "EnginePlan",
     "Plan",
@@ -375,6 +381,7 @@ __all__ = [
     "decoder_profile",
     "engine_profile",
     "mib",
+    "on_card",
     "plan_shapes",
     "plan_stack",
     "promised_memory",

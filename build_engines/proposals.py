@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from build_engines.plan import plan_shapes
+from build_engines.plan import on_card, plan_shapes
 from build_engines.shapes import Shape
-from build_engines.stack import Model, Precision, Stack
+from build_engines.stack import Model, Precision, Stack, compiles
 
-_EIGHT_BIT: Final = ("int8", "int8-weights")
+_EIGHT_BIT: Final[tuple[Precision, ...]] = ("int8", "int8-weights")
 _MIN_LENGTH: Final = 8
 _MIN_CAPACITY: Final = 16
 _MAX_DROPS: Final = 3
@@ -50,7 +50,7 @@ def propose(stack: Stack, shapes: dict[str, Shape]) -> tuple[Proposal, ...]:
             if kept == limit:
                 return
 
-    first_fit("precision", _by_saving(_eight_bit(stack), shapes))
+    first_fit("precision", _by_saving(_smallest_precisions(stack), shapes))
     first_fit("slots", _slots(stack))
     first_fit("batch", _caps(stack, "max_batch", 1))
     first_fit("length", _caps(stack, "max_length", _MIN_LENGTH))
@@ -72,31 +72,32 @@ def _change(stack: Stack, models: list[Model]) -> Stack:
     return replace(stack, models=stack.models | {model.name: model for model in models})
 
 
-def _to_eight_bit(model: Model) -> Model:
-    if model.target:  # a checkpoint is served as it is stored
+def _to_smallest(stack: Stack, model: Model) -> Model:
+    """INT8 alone, or FP16 where no target of the stack has INT8; an FP32 engine for the CPU stays."""
+    on_cpu = tuple(p for p in model.precisions if not on_card(stack, model, p))
+    if model.target or on_cpu == model.precisions:  # a checkpoint is served as it is stored
         return model
-    smallest: Precision = "int8-weights" if model.task == "generate" else "int8"
-    listed = [p for p in model.precisions if p in _EIGHT_BIT]
-    kept = smallest if smallest in listed or not listed else listed[0]
-    # An FP32 engine is not on the card: it stays.
-    cpu: tuple[Precision, ...] = tuple(p for p in model.precisions if p == "fp32")
-    return replace(model, precisions=(kept, *cpu))
+    eight: Precision = "int8-weights" if model.task == "generate" else "int8"
+    has_eight = any(compiles(target, model.task, eight) for target in stack.targets)
+    smallest: tuple[Precision, ...] = (eight, *_EIGHT_BIT) if has_eight else ("fp16",)
+    kept = next((p for p in smallest if p in model.precisions), smallest[0])
+    return replace(model, precisions=(kept, *on_cpu))
 
 
-def _eight_bit_words(model: Model, changed: Model) -> str:
+def _precision_words(model: Model, changed: Model) -> str:
     return f"models.{model.name}.precisions = [{', '.join(f'{p!r}' for p in changed.precisions)}]".replace(
         "'", '"'
     )
 
 
-def _eight_bit(stack: Stack) -> Iterator[Change]:
-    """INT8 alone, for one model, then for all."""
-    changed = [(model, _to_eight_bit(model)) for model in stack.models.values()]
+def _smallest_precisions(stack: Stack) -> Iterator[Change]:
+    """The smallest precision alone, for one model, then for all."""
+    changed = [(model, _to_smallest(stack, model)) for model in stack.models.values()]
     changed = [(model, new) for model, new in changed if new != model]
     for model, new in changed:
-        yield _eight_bit_words(model, new), _change(stack, [new])
+        yield _precision_words(model, new), _change(stack, [new])
     if len(changed) > 1:
-        words = " and ".join(_eight_bit_words(model, new) for model, new in changed)
+        words = " and ".join(_precision_words(model, new) for model, new in changed)
         yield words, _change(stack, [new for _, new in changed])
 
 
@@ -143,10 +144,11 @@ def _one_instance(stack: Stack) -> Iterator[Change]:
 
 
 def _combined(stack: Stack) -> Iterator[Change]:
-    """INT8 alone and one instance everywhere, then fewer slots, smaller batches, smaller lengths too."""
-    models = [replace(_to_eight_bit(model), instances=1) for model in stack.models.values()]
+    """Smallest precision and one instance everywhere, then fewer slots, smaller batches, smaller lengths."""
+    models = [replace(_to_smallest(stack, model), instances=1) for model in stack.models.values()]
     small = _change(stack, models)
-    words = "INT8 alone and one instance of every model"
+    eight = any(precision in _EIGHT_BIT for model in models for precision in model.precisions)
+    words = f"{'INT8' if eight else 'FP16'} alone and one instance of every model"
     yield words, small
     for slot_words, less in _slots(small):
         yield f"{words}, {slot_words}", less

@@ -18,7 +18,15 @@ from tiny_models import save_tiny
 from build_engines.cards import CARDS, MIB, custom_card
 from build_engines.errors import PlanError
 from build_engines.memory import activation_bytes, engine_memory, tensor_bytes
-from build_engines.plan import Plan, engine_profile, plan_shapes, plan_stack, render_plan, require_fit
+from build_engines.plan import (
+    Plan,
+    engine_profile,
+    plan_shapes,
+    plan_stack,
+    promised_memory,
+    render_plan,
+    require_fit,
+)
 from build_engines.shapes import Shape, read_shape
 from build_engines.stack import DECODER_FAMILIES, FAMILIES, DecoderShape, Model, ModelShape, Stack, load_stack
 
@@ -278,6 +286,31 @@ def test_every_engine_and_instance_is_counted(tmp_path: Path) -> None:
     assert report["fits"] is True
     assert report["total"]["used_bytes"] + report["total"]["free_bytes"] == report["card"]["memory_bytes"]
     require_fit(plan)
+
+
+def test_an_fp32_encoder_is_counted_where_a_target_runs_it_on_the_card(tmp_path: Path) -> None:
+    model = _model(precisions=("fp16", "fp32"))
+    here = plan_stack(_stack(model, targets=("onnxruntime", "onnxruntime-cuda"), build_dir=tmp_path))
+    assert not here.cpu_only
+    half, single = here.engines
+    assert single.precision == "fp32"
+    assert single.memory.tensors == 2 * half.memory.tensors
+    # Eight tensors of 64 x 256 x 768, each of two bytes more a number.
+    assert single.memory.activations - half.memory.activations == 8 * 64 * 256 * 768 * 2
+    assert promised_memory(_stack(model, targets=("onnxruntime-cuda",)), model, "fp32")["weights"]
+    elsewhere = plan_stack(_stack(model, targets=("onnxruntime", "tensorrt-rtx"), build_dir=tmp_path))
+    assert elsewhere.cpu_only == ("m-fp32",)
+    assert elsewhere.engines == here.engines[:1]
+
+
+def test_what_is_proposed_is_what_a_target_compiles(tmp_path: Path) -> None:
+    big = _shape(layers=48, hidden=2048, embedding=2048, ffn=8192, heads=32)
+    model = _model("large", shape=big, precisions=("fp16", "fp32"))
+    stack = _stack(model, targets=("onnxruntime-cuda",), card=custom_card(12_000, "8.9"), build_dir=tmp_path)
+    proposals = plan_stack(stack).proposals
+    assert [found.what for found in proposals if found.kind == "precision"] == [
+        'models.large.precisions = ["fp16"]'
+    ]
 
 
 def test_the_table_shows_every_engine_and_the_rest_of_the_card(tmp_path: Path) -> None:
