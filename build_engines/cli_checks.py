@@ -88,7 +88,7 @@ def verify_digests(path: Path, build_dir: Path | None, as_json: bool) -> None:
     """Compare every file that was built or fetched with the digest that was recorded when it was written.
 
     STACK_OR_FOLDER: a stack file, whose build folder is read, or any folder that holds what was built: a
-    build folder, a repository, an engine. Exit code 18 where a file is altered, missing or extra.
+    build folder, a repository, an engine. Exit code 18 where a file is altered, missing, extra or unreadable.
 
     \b
     Example:
@@ -99,7 +99,7 @@ def verify_digests(path: Path, build_dir: Path | None, as_json: bool) -> None:
 
     folder = path if path.is_dir() else load(path, build_dir).build_dir
     with StageLines() as lines:
-        lines.start(folder.name, "digests")
+        lines.start(folder.resolve().name, "digests")
         found = digests.verify_digests(folder, lines.progress)
     if as_json:
         print_json(found.as_dict())

@@ -90,7 +90,9 @@ def verify_digests(folder: Path, progress: Progress | None = None) -> Checked:
     for unit in units:
         problems += _compare(unit, reader)
     files = sum(len(unit.files) for unit in units)
-    return Checked(str(folder), len(units), files, reader.read, sorted(problems, key=lambda p: p.path))
+    # A folder that cannot be read is met more than once.
+    found = sorted(set(problems), key=lambda problem: problem.path)
+    return Checked(str(folder), len(units), files, reader.read, found)
 
 
 def require_whole(checked: Checked) -> None:
@@ -101,14 +103,18 @@ def require_whole(checked: Checked) -> None:
     raise ArtifactError(
         f"{checked.folder}: {len(lines)} of {checked.files:,} files are not as they were written\n"
         + "\n".join(lines),
-        cause="a copy was cut short, a disk is failing, or somebody changed them",
+        cause="a copy was cut short, a disk is failing, somebody changed them, or you may not read them",
         next_step="build-engines build STACK, then triton-repo write STACK: what is altered is made again",
     )
 
 
 def _units(folder: Path, problems: list[Problem]) -> Iterator[_Unit]:
     """Units of `folder` and below; what cannot be one is noted in `problems`."""
-    for place, folders, files in os.walk(folder):
+
+    def note(error: OSError) -> None:
+        problems.append(_unreadable(error, folder))
+
+    for place, folders, files in os.walk(folder, onerror=note):
         here = Path(place)
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__pycache__")))
         try:
@@ -132,6 +138,8 @@ def _units(folder: Path, problems: list[Problem]) -> Iterator[_Unit]:
                 yield _Unit(here, MANIFEST, _listed(here), whole=True)
         except _Unreadable as error:
             problems.append(Problem(str(here / error.name), error.what, error.detail))
+        except OSError as error:
+            problems.append(_unreadable(error, here))
 
 
 class _Unreadable(Exception):
@@ -208,17 +216,34 @@ def _expected(files: Mapping[str, Any]) -> _Files:
 def _compare(unit: _Unit, reader: _Reader) -> Iterator[Problem]:
     for name, expected in unit.files.items():
         path = unit.folder / name
-        if not os.path.lexists(path):
-            yield Problem(str(path), "missing")
-        elif path.is_symlink() or not path.is_file():
-            yield Problem(str(path), "altered", "it is a link or a folder")
-        elif (size := path.stat().st_size) != expected.size:
-            yield Problem(str(path), "altered", f"{size:,} bytes instead of {expected.size:,}")
-        elif reader.digest(path) not in expected.digests:
-            yield Problem(str(path), "altered")
+        try:
+            yield from _compare_file(path, expected, reader)
+        except OSError as error:
+            yield _unreadable(error, path)
     if unit.whole:
-        for name in contents(unit.folder) - unit.files.keys() - {unit.record}:
+        try:
+            there = contents(unit.folder)
+        except OSError as error:
+            yield _unreadable(error, unit.folder)
+            return
+        for name in there - unit.files.keys() - {unit.record}:
             yield Problem(str(unit.folder / name), "extra")
+
+
+def _compare_file(path: Path, expected: _Expected, reader: _Reader) -> Iterator[Problem]:
+    if not os.path.lexists(path):
+        yield Problem(str(path), "missing")
+    elif path.is_symlink() or not path.is_file():
+        yield Problem(str(path), "altered", "it is a link or a folder")
+    elif (size := path.stat().st_size) != expected.size:
+        yield Problem(str(path), "altered", f"{size:,} bytes instead of {expected.size:,}")
+    elif reader.digest(path) not in expected.digests:
+        yield Problem(str(path), "altered")
+
+
+def _unreadable(error: OSError, path: Path) -> Problem:
+    """What the system said of `path`, or of what it names itself."""
+    return Problem(str(error.filename or path), "unreadable", error.strerror or str(error))
 
 
 class _Reader:

@@ -49,6 +49,7 @@ def is_model(folder: Path) -> bool:
 
 def is_version(folder: Path) -> bool:
     """Whether this is a version's folder of a served model."""
+    folder = Path(os.path.abspath(folder))  # `.` has neither a name nor a parent; a link keeps its own
     return folder.name.isdecimal() and is_model(folder.parent)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -197,6 +199,49 @@ def test_parts_of_a_build_folder_can_be_checked_alone(build: Path, tmp_path: Pat
     shutil.copytree(build / "repository", tmp_path / "copied")
     _altered(tmp_path / "copied" / "sentiment" / "1" / "model.py")
     assert found(tmp_path / "copied") == {("sentiment/1/model.py", "altered")}
+
+
+@pytest.mark.parametrize("part", ["", "repository/sentiment", VERSION])
+def test_the_folder_that_one_is_in_can_be_checked(
+    build: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """A folder's name tells what it is, and `.` has none."""
+    monkeypatch.chdir(build / part)
+    assert verify_digests(Path()).problems == []
+    _altered(build / VERSION / "model.py")
+    name = os.path.relpath(build / VERSION / "model.py")
+    assert [(p.path, p.what) for p in verify_digests(Path()).problems] == [(name, "altered")]
+    assert CliRunner().invoke(main, ["verify-digests", "."]).exit_code == 18
+
+
+def _fails(real: Callable[..., Any], path: Path, number: int) -> Callable[..., Any]:
+    """`real`, but for one path, which gives an error: permissions would not stop root."""
+
+    def call(of: Any, *args: Any, **kwargs: Any) -> Any:
+        if Path(of) == path:
+            raise OSError(number, os.strerror(number), str(of))
+        return real(of, *args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize("name", [EVERY[2], EVERY[0], f"{VERSION}/model.py"])
+def test_a_file_that_cannot_be_read_is_named(build: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(Path, "open", _fails(Path.open, build / name, errno.EIO))
+    checked = verify_digests(build)
+    assert checked.problems == [Problem(str(build / name), "unreadable", "Input/output error")]
+    damaged = CliRunner().invoke(main, ["verify-digests", str(build)])
+    assert damaged.exit_code == 18
+    assert f"{build / name}: unreadable (Input/output error)" in damaged.stderr
+
+
+@pytest.mark.parametrize("name", ["", "work/sentiment", "sources/sentiment/1_Pooling", VERSION, "repository"])
+def test_a_folder_that_cannot_be_read_is_named(
+    build: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(os, "scandir", _fails(os.scandir, build / name, errno.EACCES))
+    problem = Problem(str(build / name), "unreadable", "Permission denied")
+    assert verify_digests(build).problems == [problem]
 
 
 def test_a_second_version_is_checked_too(build: Path) -> None:
