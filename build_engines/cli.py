@@ -247,7 +247,13 @@ def flagship(folder: Path, layers: int, as_json: bool) -> None:
 
 @main.command("bench-gpu")
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path), default=Path("build/gpu"))
-@click.option("--minutes", type=click.FloatRange(min=1), default=9, show_default=True)
+@click.option(
+    "--minutes",
+    type=click.FloatRange(min=1),
+    default=9,
+    show_default=True,
+    help="What would begin later is left out.",
+)
 @click.option(
     "--memory-mib",
     type=click.IntRange(min=2048),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from . import display
 from .options import (
@@ -27,7 +28,8 @@ from .transport import Endpoint
 SERVER = ("url", "protocol", "timeout", "token_file", "ca", "log_json")
 
 
-@click.group(cls=OneLineErrors)
+@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="onecard")
 def main() -> None:
     """Query and measure the models of a running onecard server.
 
@@ -170,7 +172,7 @@ def chat(**options: Any) -> None:
     Examples:
       client chat
       client chat --system "Answer in Korean." --temperature 0.7
-      printf 'Summarise: cold soup.\nShorter.\n' | client chat --max-tokens 60
+      printf 'Summarise: cold soup.\\nShorter.\\n' | client chat --max-tokens 60
     """
     from .conversation import talk
 
@@ -194,8 +196,8 @@ def status(watching: bool, interval: float, as_json: bool, **server: Any) -> Non
     """The server's loaded models: requests, rejections, batches, times, cache hits, memory against the plan.
 
     Models that generate also show slots, tokens per second and cache use. Most of it comes from the models'
-    metrics (ONECARD_URL_METRICS, else the usual port). --watch reads nothing else; with --json it prints a
-    line for each look.
+    metrics (ONECARD_URL_METRICS, else the usual port). --watch reads nothing else, so of the options below it
+    takes --url, --protocol and --json; with --json it prints a line for each look.
 
     \b
     Examples:
@@ -206,6 +208,7 @@ def status(watching: bool, interval: float, as_json: bool, **server: Any) -> Non
     if watching:
         if not (as_json or sys.stdout.isatty()):
             raise click.UsageError("--watch needs a terminal; --watch --json prints lines")
+        _refuse_unheeded(click.get_current_context())
         from .live import watch
 
         watch(Endpoint.parse(server["url"], server["protocol"]), interval, as_json)
@@ -278,6 +281,17 @@ def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """How to reach the server, and the call's own options: those that were given."""
     server = {name: options.pop(name) for name in SERVER}
     return server, {name: value for name, value in options.items() if value is not None and value != ()}
+
+
+def _refuse_unheeded(context: click.Context) -> None:
+    """--watch reads the metrics alone: in plain text, so without a token, and no request that is logged."""
+    names = ("timeout", "token_file", "ca", "log_json")
+    given = [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise click.UsageError(
+            f"--watch reads the metrics alone, in plain text and within --interval: leave out {options}"
+        )
 
 
 def _print_json(document: Any) -> None:

@@ -180,6 +180,15 @@ def test_at_a_terminal_ctrl_c_leaves_it_as_it_was(server: Callable[[], HTTPServe
     assert "Traceback" not in screen
 
 
+@pytest.mark.parametrize(
+    "option", [("--token-file", "t"), ("--ca", "c"), ("--timeout", "3"), ("--log-json", "l")]
+)
+def test_an_option_that_would_not_be_heeded_is_refused(option: tuple[str, str]) -> None:
+    refused = CliRunner().invoke(main, ["status", "--watch", "--json", "--url", "card:9001", *option])
+    assert refused.exit_code == 2
+    assert f"leave out {option[0]}" in refused.stderr
+
+
 def test_what_cannot_be_watched_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ONECARD_URL_METRICS", raising=False)
     piped = CliRunner().invoke(main, ["status", "--watch"])
