@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -46,7 +47,7 @@ def _openssl(*arguments: str) -> None:
 
 
 class Proxy:
-    """nginx before one server; `tokens` are name by token."""
+    """nginx before one server; `tokens` are name by token, `changes` what a line of the file is instead."""
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class Proxy:
         authority: Path,
         tokens: dict[str, str],
         urls: dict[str, str],
-        at_once: int = 256,
+        changes: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder
         (folder / "onecard").mkdir(parents=True)
@@ -74,11 +75,11 @@ class Proxy:
             ("pid /run/nginx.pid;", f"pid {folder}/nginx.pid;"),
             ("error_log /var/log/nginx/", f"error_log {folder}/"),
             ("access_log /var/log/nginx/", f"access_log {folder}/"),
-            ("limit_conn callers 256;", f"limit_conn callers {at_once};"),
             ("listen 8443 ", f"listen 127.0.0.1:{self.port} "),
             ("server 127.0.0.1:8000;", f"server {urls['http']};"),
             ("server 127.0.0.1:8001;", f"server {urls['grpc']};"),
             ("\nhttp {\n", f"\nhttp {{\n{temporary}"),
+            *(changes or {}).items(),
         ):
             assert text.count(ours) == 1, ours
             text = text.replace(ours, theirs)

@@ -364,6 +364,25 @@ def test_neither_token_nor_admin_key_nor_what_crashes_triton_reaches_the_server(
     assert "two words" not in proxy.log
 
 
+def test_what_crashes_triton_is_taken_out_wherever_underscores_pass(authority: Path, tmp_path: Path) -> None:
+    """Behind a setting of somebody's own, too: nginx's default is not what keeps the server up."""
+    allowed = {"underscores_in_headers off;": "underscores_in_headers on;"}
+    with (
+        Upstream() as upstream,
+        Proxy(tmp_path / "nginx", authority, NAMES, upstream.urls, allowed) as proxy,
+    ):
+        sent = ("triton_grpc_error: 1", "other_header: 1")
+        assert answer(proxy, authority, "/v2/models/m/infer", *sent) == 200
+        credentials = grpc.ssl_channel_credentials(authority.read_bytes())
+        with grpc.secure_channel(f"127.0.0.1:{proxy.port}", credentials) as channel:
+            metadata = {"authorization": f"Bearer {TOKEN}", "triton_grpc_error": "1", "other_header": "1"}
+            send = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+            send(b"", metadata=tuple(metadata.items()), timeout=10)
+        for headers in upstream.headers:
+            assert "triton_grpc_error" not in headers
+            assert headers["other_header"] == "1"
+
+
 def test_too_many_at_once_are_turned_away(authority: Path, tmp_path: Path) -> None:
     async def load(port: int, token: str) -> list[int]:
         import aiohttp
@@ -379,9 +398,10 @@ def test_too_many_at_once_are_turned_away(authority: Path, tmp_path: Path) -> No
         async with aiohttp.ClientSession(connector=connector, headers=headers) as session:
             return await asyncio.gather(*(one() for _ in range(12)))
 
+    fewer = {"limit_conn callers 256;": "limit_conn callers 8;"}
     with (
         Upstream() as upstream,
-        Proxy(tmp_path / "nginx", authority, NAMES, upstream.urls, at_once=8) as proxy,
+        Proxy(tmp_path / "nginx", authority, NAMES, upstream.urls, fewer) as proxy,
     ):
         upstream.release.clear()
         statuses = asyncio.run(load(proxy.port, TOKEN))
