@@ -299,9 +299,17 @@ def test_the_file_tree_names_what_exists_and_every_module() -> None:
     }
     stacks = {str(path.relative_to(ROOT)) for path in (ROOT / "stacks").glob("*.toml")}
     folders = {f"{Path(module).parent}/" for module in modules}
+    folders |= {f"tests/{path.parent.name}/" for path in (ROOT / "tests").glob("*/*") if path.suffix == ".py"}
+    folders |= {f"tests/{path.parents[1].name}/" for path in (ROOT / "tests").glob("*/*/test_*.py")}
     assert modules | folders | stacks <= set(named)
 
 
-def test_the_readme_links_every_page() -> None:
-    links = _LINK.findall(prose(ROOT / "README.md"))
-    assert {f"docs/{page.name}" for page in PAGES[1:]} <= {link.partition("#")[0] for link in links}
+def test_the_readme_lists_every_page() -> None:
+    links = _LINK.findall((ROOT / "README.md").read_text("utf-8").partition("\n## More\n")[2])
+    assert {f"docs/{page.name}" for page in PAGES[1:]} <= set(links)
+
+
+def test_the_environment_is_activated_before_a_command_is_called_by_its_name() -> None:
+    lines = [line.strip() for line in code_lines(ROOT / "README.md")]
+    activated = next(i for i, line in enumerate(lines) if line.startswith(". .venv/bin/activate"))
+    assert not [line for line in lines[:activated] if line.split()[:1] and line.split()[0] in COMMANDS]
