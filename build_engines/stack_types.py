@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from build_engines.cards import Card
 
@@ -16,31 +16,23 @@ Pooling = Literal["mean", "cls"]
 CalibrationMethod = Literal["minmax", "percentile", "entropy"]
 Smoothing = Literal["auto", "off"]
 Family = Literal["bert", "roberta", "xlm-roberta", "electra", "distilbert", "modernbert"]
+# SOLAR and EEVE are `llama` by their config.json; `exaone` is 3.x, `exaone4` what Transformers calls so.
 DecoderFamily = Literal["llama", "mistral", "qwen2", "qwen3", "exaone", "exaone4", "gemma2", "gemma3_text"]
 TableType = Literal["fp16", "int8"]
 
-TASKS: Final = ("classify", "embed", "rerank", "generate")
+TASKS: Final = get_args(Task)
+# Of models that are compiled here; the others are TensorRT-LLM's.
 PRECISIONS: Final = ("int8", "int8-weights", "fp16", "fp32")
-TARGETS: Final = ("onnxruntime", "onnxruntime-cuda", "tensorrt-rtx", "tensorrt")
-OVERFLOWS: Final = ("truncate", "refuse")
-POOLINGS: Final = ("mean", "cls")
-METHODS: Final = ("minmax", "percentile", "entropy")
-SMOOTHINGS: Final = ("auto", "off")
-FAMILIES: Final = ("bert", "roberta", "xlm-roberta", "electra", "distilbert", "modernbert")
-# SOLAR and EEVE are `llama` by their config.json; `exaone` is 3.x, `exaone4` what Transformers calls so.
-DECODER_FAMILIES: Final = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "exaone",
-    "exaone4",
-    "gemma2",
-    "gemma3_text",
-)
+TARGETS: Final = get_args(Target)
+OVERFLOWS: Final = get_args(Overflow)
+POOLINGS: Final = get_args(Pooling)
+METHODS: Final = get_args(CalibrationMethod)
+SMOOTHINGS: Final = get_args(Smoothing)
+FAMILIES: Final = get_args(Family)
+DECODER_FAMILIES: Final = get_args(DecoderFamily)
 # What an LLM can be compiled to. INT8 activations (`int8`) are for encoders.
 GENERATE_PRECISIONS: Final = ("int8-weights", "fp16", "fp32")
-TABLE_TYPES: Final = ("fp16", "int8")
+TABLE_TYPES: Final = get_args(TableType)
 # What a checkpoint that TensorRT-LLM serves can be stored as, and the compute capabilities that its hardware
 # matrix has kernels for.
 LLM_CAPABILITIES: Final[dict[str, tuple[str, ...]]] = {

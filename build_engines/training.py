@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 from collections.abc import Iterable, Iterator
@@ -15,7 +14,6 @@ __all__ = [
     "is_current",
     "quiet_transformers",
     "reproducible",
-    "sha256",
     "use_own_core",
     "versions",
     "write_json",
@@ -83,8 +81,3 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

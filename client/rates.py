@@ -99,15 +99,15 @@ def _model(window: Window) -> ModelRates:
         cancelled_per_s=outcomes.get("cancelled", 0.0) / seconds,
         rejected_per_s={reason: count / seconds for reason, count in rejections.items() if count},
         queue_requests=gauge("onecard_queue_requests"),
-        queue_ms=_ms(window.ratio("onecard_queue_seconds_sum", "onecard_queue_seconds_count")),
+        queue_ms=milliseconds(window.ratio("onecard_queue_seconds_sum", "onecard_queue_seconds_count")),
         batch=window.ratio("onecard_rows_total", "onecard_runs_total"),
-        p50_ms=_ms(window.quantile("onecard_request_seconds_bucket", 0.5)),
-        p99_ms=_ms(window.quantile("onecard_request_seconds_bucket", 0.99)),
+        p50_ms=milliseconds(window.quantile("onecard_request_seconds_bucket", 0.5)),
+        p99_ms=milliseconds(window.quantile("onecard_request_seconds_bucket", 0.99)),
         slots=gauge("onecard_llm_slots"),
         slots_active=gauge("onecard_llm_slots_active"),
         tokens_per_s=window.increase("onecard_llm_generated_tokens_total") / seconds if generates else None,
-        first_token_p50_ms=_ms(window.quantile("onecard_first_token_seconds_bucket", 0.5)),
-        first_token_p99_ms=_ms(window.quantile("onecard_first_token_seconds_bucket", 0.99)),
+        first_token_p50_ms=milliseconds(window.quantile("onecard_first_token_seconds_bucket", 0.5)),
+        first_token_p99_ms=milliseconds(window.quantile("onecard_first_token_seconds_bucket", 0.99)),
         resident_bytes=gauge("onecard_resident_bytes"),
         planned_bytes=gauge("onecard_planned_bytes"),
         **_cached(window),
@@ -206,5 +206,5 @@ def _bounds(series: Series) -> dict[float, float]:
     return found
 
 
-def _ms(seconds: float | None) -> float | None:
+def milliseconds(seconds: float | None) -> float | None:
     return None if seconds is None else seconds * 1e3

@@ -79,9 +79,9 @@ def _from_metrics(name: str, scrape: Scrape) -> dict[str, Any]:
         "rejected": rejected,
         "texts": gauge("rows_total"),
         "runs": gauge("runs_total"),
-        "queue_ms": _ms(rates.mean_of(scrape, name, "onecard_queue_seconds")),
-        "request_ms": _ms(rates.mean_of(scrape, name, "onecard_request_seconds")),
-        "p99_ms": _ms(rates.since_start(scrape, name, "onecard_request_seconds", 0.99)),
+        "queue_ms": rates.milliseconds(rates.mean_of(scrape, name, "onecard_queue_seconds")),
+        "request_ms": rates.milliseconds(rates.mean_of(scrape, name, "onecard_request_seconds")),
+        "p99_ms": rates.milliseconds(rates.since_start(scrape, name, "onecard_request_seconds", 0.99)),
         "resident_bytes": gauge("resident_bytes"),
         "planned_bytes": gauge("planned_bytes"),
     }
@@ -107,7 +107,3 @@ def _int(values: Mapping[str, Any], name: str) -> int:
 def _mean_ms(entry: Mapping[str, Any], name: str) -> float | None:
     count = _stat(entry, name)
     return _stat(entry, name, "ns") / count / 1e6 if count else None
-
-
-def _ms(seconds: float | None) -> float | None:
-    return None if seconds is None else seconds * 1e3

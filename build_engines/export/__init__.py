@@ -11,7 +11,7 @@ from build_engines.export.decoder_config import Architecture, LayerKind
 from build_engines.export.decoder_serving import copy_chat_tokenizer, decoder_serving
 from build_engines.export.decoder_weights import Decoder
 from build_engines.export.encoder import ExportedGraph, export_encoder
-from build_engines.export.half import half_tensors, to_fp16, to_fp16_file
+from build_engines.export.half import half_tensors, to_fp16
 
 __all__ = [
     "Architecture",
@@ -26,6 +26,5 @@ __all__ = [
     "layer_graph",
     "open_decoder",
     "to_fp16",
-    "to_fp16_file",
     "write_decoder",
 ]

@@ -9,14 +9,12 @@ INT8 weights and zero points stay as they are, and graph inputs and outputs keep
 from __future__ import annotations
 
 from collections import defaultdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from build_engines.errors import ExportError
 from build_engines.export.graph import Array
-from build_engines.graphs import read_graph, save_graph
 
 if TYPE_CHECKING:
     import onnx
@@ -27,11 +25,6 @@ _FP16_TINY = float(np.finfo(np.float16).tiny)  # the smallest normal number
 _FP16_ROUNDING = 2.0**-11  # of normal numbers, relative
 KEPT_IN_FLOAT = ("pooling.", "output.")
 _QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
-
-
-def to_fp16_file(source: Path, target: Path) -> None:
-    """`to_fp16` from file to file, with external data on both sides where there is any."""
-    save_graph(to_fp16(read_graph(source)), target)
 
 
 def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -58,9 +58,6 @@ class Sizes:
     transfer: int = 256 << 20
 
 
-SMALL: Final = Sizes(buffer=1 << 20, edge=64, transfer=1 << 18)
-
-
 def measure_ceilings(side: Side, device: str, results: Results, sizes: Sizes, seconds: float) -> Ceilings:
     """One row for each; what fails is a row too, and None in the result."""
     found: dict[str, float] = {}

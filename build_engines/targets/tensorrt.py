@@ -190,7 +190,7 @@ def _run(job: _Job, target: Path, *, decompose: bool) -> _Build:
     builder = trt.Builder(logger)
     network = builder.create_network(_strongly_typed(trt))
     _parse(network, job, logger)
-    build.layers = _layer_types(trt, network)
+    build.layers = _layer_types(network)
     if job.decoder is not None:
         job.decoder.check_layers(build.layers, job.graph.name)
         build.attention = "fused"
@@ -271,7 +271,7 @@ def _add_profile(builder: Any, network: Any, config: Any, ranges: dict[str, Rang
         raise CompileError(f"the builder refuses the profile {ranges}")
 
 
-def _layer_types(trt: Any, network: Any) -> dict[str, int]:
+def _layer_types(network: Any) -> dict[str, int]:
     """{layer type: count} of the parsed network; an attention counts once, not as its two ends."""
     types = Counter(network.get_layer(index).type.name for index in range(network.num_layers))
     types.pop("ATTENTION_OUTPUT", None)

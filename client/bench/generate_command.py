@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import BenchError, Overloaded
+from ..errors import BenchError
 from . import machine
 from .generate_baseline import BATCHES, GenerateBaseline, Speed
 from .generate_data import SMALLEST_NUMBER, SYNTHETIC_TOKENS, BenchGenerator, Prompt, choose
@@ -24,7 +24,7 @@ from .generate_probe import (
     pauses,
     steady_rates,
 )
-from .loadgen import arrivals, first_failure, grpc_failure
+from .loadgen import arrivals, first_failure, grpc_failure, was_rejected
 
 CONCURRENCIES = (1, 4, 8, 16)
 BASELINES = ("fp32", "bf16")
@@ -238,14 +238,11 @@ class Variant:
         seconds = min(max(self._plan.seconds, ARRIVALS / rate), ARRIVALS * self._plan.seconds)
         times = arrivals(rate, seconds) or [0.0]
         payloads = self._payloads(self._given.pool, self._given.new_tokens)
-        return await streamer.open_loop(payloads, times, rate, self._rejects)
+        return await streamer.open_loop(payloads, times, rate, was_rejected)
 
     def _payloads(self, prompts: Sequence[Prompt], new_tokens: int) -> Iterator[bytes]:
         for prompt in itertools.cycle(prompts):
             yield serialize(self._name, prompt.distinct(next(self._numbers)), new_tokens)
-
-    def _rejects(self, error: Exception) -> bool:
-        return isinstance(grpc_failure(error, self._address, self._name), Overloaded)
 
     def _lasting(self, closed: dict[int, StreamPoint]) -> int:
         """Tokens of streams that last a while, as far as a slot has room behind the longest prompt."""

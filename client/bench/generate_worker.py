@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .worker import resident_mib, serve, set_precision
+from .machine import resident_mib
+from .worker import serve, set_precision
 
 SOME_WORDS = (
     "the soup was cold and came late but staff were kind 국물이 정말 맛있고 배송도 빨랐어요 다시 갈게요"

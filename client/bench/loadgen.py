@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ..errors import BenchError
+from ..errors import BenchError, Overloaded
 from ..failures import translate
 from ..wire import channel_arguments
 
@@ -185,3 +185,8 @@ def grpc_failure(error: BaseException, url: str, model: str) -> Exception:
     if isinstance(error, grpc.RpcError):
         return translate(get_error_grpc(error), url=url, model=model, request_id=None)
     return translate(error, url=url, model=model, request_id=None)
+
+
+def was_rejected(error: Exception) -> bool:
+    """Whether the server sent a raw call away because too much was waiting."""
+    return isinstance(grpc_failure(error, "", ""), Overloaded)

@@ -12,10 +12,20 @@ from typing import Any
 import numpy as np
 
 from ..client import Client
-from ..errors import BenchError, Overloaded
+from ..errors import BenchError
 from ..types import ModelStatus
 from . import metrics
-from .loadgen import Point, Send, Sender, arrivals, closed_loop, first_failure, grpc_failure, open_loop
+from .loadgen import (
+    Point,
+    Send,
+    Sender,
+    arrivals,
+    closed_loop,
+    first_failure,
+    grpc_failure,
+    open_loop,
+    was_rejected,
+)
 from .summary import BenchModel, Item
 from .workload import Payloads
 
@@ -102,7 +112,7 @@ class Variant:
 
     async def _closed(self, send: Send, payloads: Payloads, concurrency: int, plan: Plan) -> ServedPoint:
         warm_up = await closed_loop(
-            send, payloads, concurrency=concurrency, seconds=plan.warm_up, is_rejection=self._rejects
+            send, payloads, concurrency=concurrency, seconds=plan.warm_up, is_rejection=was_rejected
         )
         point = await closed_loop(
             send,
@@ -110,13 +120,13 @@ class Variant:
             concurrency=concurrency,
             seconds=plan.seconds,
             minimum=plan.minimum,
-            is_rejection=self._rejects,
+            is_rejection=was_rejected,
         )
         return ServedPoint(point, self._mean_batch(warm_up, point))
 
     async def _open(self, send: Send, payloads: Payloads, rate: float, seconds: float) -> ServedPoint:
         times = arrivals(rate, seconds)
-        point = await open_loop(send, payloads, times or [0.0], self._rejects)
+        point = await open_loop(send, payloads, times or [0.0], was_rejected)
         return ServedPoint(point, self._mean_batch(point))
 
     async def _cached(self, send: Send, same: Iterator[bytes]) -> float | None:
@@ -153,9 +163,6 @@ class Variant:
             if model.name == name:
                 return model
         raise BenchError("the model is gone from the server", model=self._name)
-
-    def _rejects(self, error: Exception) -> bool:
-        return isinstance(grpc_failure(error, self._address, self._name), Overloaded)
 
     def answers(self, items: Sequence[Item]) -> Any:
         """Label names [N], vectors [N, D] or the concatenated scores of all groups, in the items' order."""

@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from .machine import resident_mib
+
 BATCH = 32
 WARM_UP_RUNS = 2
 
@@ -169,11 +171,6 @@ def _token_counts(model: Embedder | SequenceClassifier, items: Sequence[Any]) ->
             len(ids) for ids in model.tokenizer(*columns, truncation=False, verbose=False)["input_ids"]
         ]
     return np.array(counts, np.int64)
-
-
-def resident_mib() -> float:
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmRSS:"))
 
 
 def _in_fork(run_job: Callable[[dict[str, Any]], dict[str, Any]], job: dict[str, Any], results: int) -> None:

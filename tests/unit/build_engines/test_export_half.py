@@ -13,7 +13,7 @@ from tiny_models import session
 
 from build_engines.errors import ExportError
 from build_engines.export import half_tensors, to_fp16
-from build_engines.graphs import read_graph, save_graph
+from build_engines.graphs import save_graph
 
 FLOAT_INPUT = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4])
 
@@ -164,11 +164,3 @@ def test_a_lowered_graph_is_refused() -> None:
     model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     with pytest.raises(ExportError, match=r"gelu \(com.microsoft::QuickGelu\) cannot be turned into FP16"):
         to_fp16(model)
-
-
-def test_large_graphs_convert_from_file_to_file(tmp_path: Path) -> None:
-    from build_engines.export import to_fp16_file
-
-    save_graph(quantized_linear(0.02, [0.1] * 3), tmp_path / "a.onnx", external_threshold=0)
-    to_fp16_file(tmp_path / "a.onnx", tmp_path / "b.onnx")
-    assert types(read_graph(tmp_path / "b.onnx"))["x.scale"] == onnx.TensorProto.FLOAT16
