@@ -11,14 +11,14 @@ import click
 
 from build_engines import __version__
 from build_engines.cli_checks import doctor, inspect, verify_digests
-from build_engines.console import StageLines, console, fail_cleanly, print_json, wide_console
+from build_engines.console import CleanErrors, StageLines, console, print_json, wide_console
 from build_engines.options import build_dir_option, json_option, load, offline_option, stack_argument
 
 if TYPE_CHECKING:
     from build_engines.stack import Stack
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=CleanErrors, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
     """Compile a language stack for one card: plan, fetch, build, inspect.
@@ -38,7 +38,6 @@ for _command in (inspect, doctor, verify_digests):
 @stack_argument
 @build_dir_option
 @json_option
-@fail_cleanly
 def plan(stack: Path, build_dir: Path | None, as_json: bool) -> None:
     """Does the stack fit the card? Needs no model library and no GPU; one that is here is shown beside it.
 
@@ -63,7 +62,6 @@ def plan(stack: Path, build_dir: Path | None, as_json: bool) -> None:
 @stack_argument
 @build_dir_option
 @offline_option
-@fail_cleanly
 def fetch(stack: Path, build_dir: Path | None, offline: bool) -> None:
     """Download the checkpoints that the stack names by hub id; resumes, safetensors only.
 
@@ -83,7 +81,6 @@ def fetch(stack: Path, build_dir: Path | None, offline: bool) -> None:
 @click.option("--model", "models", multiple=True, help="Only this model (may be given several times).")
 @click.option("--target", "targets", multiple=True, help="Only this target (may be given several times).")
 @json_option
-@fail_cleanly
 def build(
     stack: Path,
     build_dir: Path | None,
@@ -130,7 +127,6 @@ def build(
 
 @main.command("demo-models")
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
-@fail_cleanly
 def demo_models(folder: Path) -> None:
     """Train the demo's classifier, reranker and LLM on the bundled texts; about five minutes on two cores.
 
@@ -162,7 +158,6 @@ def demo_models(folder: Path) -> None:
 @stack_argument
 @build_dir_option
 @json_option
-@fail_cleanly
 def measure(stack: Path, build_dir: Path | None, as_json: bool) -> None:
     """Time the stack's ONNX Runtime engines against PyTorch FP32 and BF16 in one run.
 
@@ -199,7 +194,6 @@ def measure(stack: Path, build_dir: Path | None, as_json: bool) -> None:
 @main.command("random-model")
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--llm", is_flag=True, help="A Llama of 189 million parameters instead.")
-@fail_cleanly
 def random_model(folder: Path, llm: bool) -> None:
     """Write a BERT-base-sized embedder with random weights, for measuring what a larger engine gains.
 
@@ -226,7 +220,6 @@ def random_model(folder: Path, llm: bool) -> None:
     help="Fewer, for a smaller run.",
 )
 @json_option
-@fail_cleanly
 def flagship(folder: Path, layers: int, as_json: bool) -> None:
     """Build a random model of EEVE-10.8B's shape to an INT8 engine; print time and memory of each step.
 
@@ -262,7 +255,6 @@ def flagship(folder: Path, layers: int, as_json: bool) -> None:
     help="On a larger card, hold all engines inside the memory of one of this size.",
 )
 @json_option
-@fail_cleanly
 def bench_gpu(folder: Path, minutes: float, memory_mib: int, as_json: bool) -> None:
     """Measure engines on this machine's GPU against Transformers, its limits, and the plan's memory.
 

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import click
 
-from build_engines.console import StageLines, console, fail_cleanly, print_json, wide_console
+from build_engines.console import StageLines, console, print_json, wide_console
 from build_engines.options import build_dir_option, json_option, load
 
 
 @click.command()
 @click.argument("engine", type=click.Path(path_type=Path))
 @json_option
-@fail_cleanly
 def inspect(engine: Path, as_json: bool) -> None:
     """Show what an engine is made of: versions, card, profiles, digests, gates and layer types.
 
@@ -44,7 +43,6 @@ def inspect(engine: Path, as_json: bool) -> None:
     help="On which ports.",
 )
 @json_option
-@fail_cleanly
 def doctor(
     stack: Path | None,
     build_dir: Path | None,
@@ -83,7 +81,6 @@ def doctor(
 @click.argument("path", metavar="STACK_OR_FOLDER", type=click.Path(exists=True, path_type=Path))
 @build_dir_option
 @json_option
-@fail_cleanly
 def verify_digests(path: Path, build_dir: Path | None, as_json: bool) -> None:
     """Compare every file that was built or fetched with the digest that was recorded when it was written.
 

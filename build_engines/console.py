@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import sys
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import click
 from rich.console import Console
@@ -18,28 +15,22 @@ from build_engines.manifest import StageRun
 # Tables keep their columns where nobody gives a width: a pipe, a log, a narrow window.
 _TABLE_WIDTH = 120
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
 # Progress and errors go to stderr: stdout is for results, so that --json can be piped.
 console = Console(stderr=True, highlight=False)
 
 
-def fail_cleanly(command: Callable[P, R]) -> Callable[P, R]:
-    """Print a user's mistake as a message and exit with its code; a fault of ours keeps its traceback."""
+class CleanErrors(click.Group):
+    """Prints a user's mistake as a message and exits with its code; a fault of ours keeps its traceback."""
 
-    @functools.wraps(command)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+    def invoke(self, ctx: click.Context) -> Any:
         try:
-            return command(*args, **kwargs)
+            return super().invoke(ctx)
         except OnecardError as error:
             click.echo(f"error: {error}", err=True)
-            sys.exit(error.exit_code)
+            ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("interrupted; finished stages are kept", err=True)
-            sys.exit(130)
-
-    return wrapper
+            ctx.exit(130)
 
 
 def wide_console() -> Console:

@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 from click.testing import CliRunner, Result
 from small_stack import write_lines, write_stack
 
 from build_engines import errors
 from build_engines.cli import main
-from build_engines.console import fail_cleanly
+from build_engines.console import CleanErrors
 from triton_repo.runtime.session import manifest_digest
 
 ROOT = Path(__file__).parents[3]
@@ -75,36 +74,32 @@ def test_no_other_module_adds_an_error_with_a_code_in_use() -> None:
         assert codes.setdefault(found.exit_code, found) is found
 
 
+def failing(error: BaseException) -> Result:
+    """A command that ends so."""
+    group = CleanErrors()
+
+    @group.command()
+    def command() -> None:
+        raise error
+
+    return CliRunner().invoke(group, ["command"])
+
+
 @pytest.mark.parametrize("error", list(all_errors()))
 def test_a_users_mistake_is_a_message_and_a_code(error: type[errors.OnecardError]) -> None:
-    @click.command()
-    @fail_cleanly
-    def command() -> None:
-        raise error("what happened", cause="why", next_step="what to do")
-
-    result = CliRunner().invoke(command)
+    result = failing(error("what happened", cause="why", next_step="what to do"))
     assert result.exit_code == error.exit_code
     assert result.output == "error: what happened\n  cause: why\n  next:  what to do\n"
 
 
 def test_an_interrupt_is_no_fault() -> None:
-    @click.command()
-    @fail_cleanly
-    def command() -> None:
-        raise KeyboardInterrupt
-
-    result = CliRunner().invoke(command)
+    result = failing(KeyboardInterrupt())
     assert result.exit_code == 130
     assert "finished stages are kept" in result.output
 
 
 def test_a_fault_of_ours_keeps_its_traceback() -> None:
-    @click.command()
-    @fail_cleanly
-    def command() -> None:
-        raise ZeroDivisionError
-
-    assert isinstance(CliRunner().invoke(command).exception, ZeroDivisionError)
+    assert isinstance(failing(ZeroDivisionError()).exception, ZeroDivisionError)
 
 
 def shell(*arguments: object) -> subprocess.CompletedProcess[str]:
