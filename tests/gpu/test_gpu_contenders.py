@@ -11,7 +11,7 @@ from gpu_stack import SIZES
 
 from build_engines.gpu import contenders, memory
 from build_engines.gpu.bare import Bare
-from build_engines.gpu.ceilings import SMALL
+from build_engines.gpu.ceilings import Sizes
 from build_engines.gpu.command import run_bench
 from build_engines.gpu.models import LLM
 from build_engines.gpu.settings import Settings
@@ -75,7 +75,7 @@ def test_a_small_run_measures_every_part_that_is_installed(card: Any, tmp_path: 
         folder=tmp_path,
         minutes=3,
         sizes=SIZES,
-        ceilings=SMALL,
+        ceilings=Sizes(buffer=1 << 20, edge=64, transfer=1 << 18),
         block=0.02,
         rounds=1,
         compiled=False,

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from tiny_models import FAMILIES, batch, save_tiny, session
 
-from build_engines.export import export_encoder, to_fp16_file
+from build_engines.export import export_encoder, to_fp16
+from build_engines.graphs import read_graph, save_graph
 
 TASKS = ("classify", "embed", "rerank")
 SHAPES = ((1, 1), (3, 17), (5, 130))
@@ -64,7 +65,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], E
         folder = tmp_path_factory.mktemp(f"{family}-{task}")
         model = save_tiny(folder, family, task)
         graph = export_encoder(folder, task, folder / "out", pooling="mean")
-        to_fp16_file(graph.path, folder / "out" / "half.onnx")
+        save_graph(to_fp16(read_graph(graph.path)), folder / "out" / "half.onnx")
         half = session(folder / "out" / "half.onnx")
         return Exported(folder, graph.serving, session(graph.path), half, reference(model, task))
 

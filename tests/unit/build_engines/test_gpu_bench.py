@@ -23,7 +23,7 @@ from build_engines.cli import main
 from build_engines.errors import ArtifactError
 from build_engines.gpu import building, ceilings, command, encoders, machine, memory, served
 from build_engines.gpu.building import build_engine, usable_targets
-from build_engines.gpu.ceilings import SMALL, Ceilings
+from build_engines.gpu.ceilings import Ceilings
 from build_engines.gpu.command import run_bench
 from build_engines.gpu.decoders import parameters
 from build_engines.gpu.memory import measure_memory
@@ -69,7 +69,7 @@ def settings(folder: Path) -> Settings:
         device="cpu",
         targets=("onnxruntime", "tensorrt"),
         sizes=SIZES,
-        ceilings=SMALL,
+        ceilings=ceilings.Sizes(buffer=1 << 20, edge=64, transfer=1 << 18),
         block=0.01,
         rounds=1,
         compiled=False,
