@@ -86,6 +86,43 @@ def read_encoder(checkpoint: Checkpoint) -> Encoder:
         ExportError: the family, or something the configuration asks for, is not supported.
     """
     config, folder = checkpoint.config, checkpoint.folder
+    family = _family(config, folder)
+    _refuse_unsupported(config, folder)
+    # An explicit null means "not set" in config.json.
+    values = {
+        field: default if config.get(key) is None else config[key]
+        for field, (key, default) in family.keys.items()
+    }
+    prefix = _prefix(checkpoint, family)
+    vocabulary, embedding = checkpoint.shape(f"{prefix}{family.names.word}.weight")[:2]
+    sizes = _sizes(values, family, folder)
+    pad_id = int(values["pad_id"])
+    if not 0 <= pad_id < vocabulary:
+        raise ExportError(f"{folder}/config.json: pad_token_id {pad_id} is none of {vocabulary} tokens")
+    modern = family.model_type == "modernbert"
+    return Encoder(
+        family=family,
+        prefix=prefix,
+        **sizes,
+        embedding=embedding,
+        vocabulary=vocabulary,
+        # RoBERTa counts positions from padding_idx + 1.
+        position_offset=pad_id + 1 if "roberta" in family.model_type else 0,
+        token_types=int(values.get("token_types", 0)) if family.names.token_type else 0,
+        activation=_activation(values["activation"], "hidden", folder),
+        head_activation=_activation(_head_activation(config, family), "classifier", folder),
+        head_pooling=_head_pooling(config, family, folder),
+        norm_epsilon=float(values.get("norm_epsilon", 1e-12)),
+        pad_id=pad_id,
+        rotary=_rotary(config, sizes["layers"], sizes["positions"], folder) if modern else None,
+        attention_bias=not modern or bool(config.get("attention_bias", False)),
+        ffn_bias=not modern or bool(config.get("mlp_bias", False)),
+        norm_bias=not modern or bool(config.get("norm_bias", False)),
+        head_bias=not modern or bool(config.get("classifier_bias", False)),
+    )
+
+
+def _family(config: dict[str, Any], folder: Path) -> Family:
     model_type = str(config.get("model_type"))
     family = FAMILIES.get(model_type)
     if family is None:
@@ -94,51 +131,24 @@ def read_encoder(checkpoint: Checkpoint) -> Encoder:
             cause="the export writes the graph of each family itself and knows only these encoders",
             next_step="choose a checkpoint of a supported family",
         )
-    _refuse_unsupported(config, folder)
-    # An explicit null means "not set" in config.json.
-    values = {
-        field: default if config.get(key) is None else config[key]
-        for field, (key, default) in family.keys.items()
-    }
-    prefix = _prefix(checkpoint, family)
-    word_shape = checkpoint.shape(f"{prefix}{family.names.word}.weight")
+    return family
+
+
+def _sizes(values: dict[str, Any], family: Family, folder: Path) -> dict[str, int]:
+    """Hidden, heads, FFN, layers and positions, which fit each other."""
+    # Rotary tables are computed; all others are as long as their table of weights.
+    longest = MAX_ROTARY_POSITIONS if family.model_type == "modernbert" else _MAX_SIZE
     sizes = {key: _size(values[key], family.keys[key][0], folder) for key in ("hidden", "heads", "ffn")}
     sizes["layers"] = _size(values["layers"], family.keys["layers"][0], folder, MAX_LAYERS)
+    sizes["positions"] = _size(values["positions"], "max_position_embeddings", folder, longest)
     if sizes["hidden"] % sizes["heads"]:
         raise ExportError(f"{folder}: hidden size {sizes['hidden']} is no multiple of {sizes['heads']} heads")
-    modern = model_type == "modernbert"
-    # Rotary tables are computed; all others are as long as their table of weights.
-    longest = MAX_ROTARY_POSITIONS if modern else _MAX_SIZE
-    positions = _size(values["positions"], "max_position_embeddings", folder, longest)
-    pad_id = int(values["pad_id"])
-    if not 0 <= pad_id < word_shape[0]:
-        raise ExportError(f"{folder}/config.json: pad_token_id {pad_id} is none of {word_shape[0]} tokens")
-    head_activation = family.head.activation
-    if head_activation == "classifier_activation":
-        head_activation = str(config.get(head_activation) or "gelu")
-    for key, activation in (("hidden", values["activation"]), ("classifier", head_activation)):
-        _check_activation(activation, f"{key} activation", folder)
-    return Encoder(
-        family=family,
-        prefix=prefix,
-        **sizes,
-        embedding=word_shape[1],
-        vocabulary=word_shape[0],
-        positions=positions,
-        # RoBERTa counts positions from padding_idx + 1.
-        position_offset=pad_id + 1 if "roberta" in model_type else 0,
-        token_types=int(values.get("token_types", 0)) if family.names.token_type else 0,
-        activation=values["activation"],
-        head_activation=head_activation,
-        head_pooling=_head_pooling(config, family, folder),
-        norm_epsilon=float(values.get("norm_epsilon", 1e-12)),
-        pad_id=pad_id,
-        rotary=_rotary(config, sizes["layers"], positions, folder) if modern else None,
-        attention_bias=not modern or bool(config.get("attention_bias", False)),
-        ffn_bias=not modern or bool(config.get("mlp_bias", False)),
-        norm_bias=not modern or bool(config.get("norm_bias", False)),
-        head_bias=not modern or bool(config.get("classifier_bias", False)),
-    )
+    return sizes
+
+
+def _head_activation(config: dict[str, Any], family: Family) -> Any:
+    named = family.head.activation
+    return str(config.get(named) or "gelu") if named == "classifier_activation" else named
 
 
 def harmless_tensors(encoder: Encoder, task: str) -> tuple[str, ...]:
@@ -196,10 +206,13 @@ def _size(value: Any, key: str, folder: Path, largest: int = _MAX_SIZE) -> int:
     return value
 
 
-def _check_activation(activation: Any, what: str, folder: Path) -> None:
+def _activation(activation: Any, what: str, folder: Path) -> str:
     if activation not in GELU and activation not in PLAIN_ACTIVATIONS:
         supported = ", ".join(sorted({*GELU, *PLAIN_ACTIVATIONS}))
-        raise ExportError(f"{folder}: {what} {activation!r} is not supported; supported are {supported}")
+        raise ExportError(
+            f"{folder}: {what} activation {activation!r} is not supported; supported are {supported}"
+        )
+    return str(activation)
 
 
 def _head_pooling(config: dict[str, Any], family: Family, folder: Path) -> Literal["cls", "mean"]:

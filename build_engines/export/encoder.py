@@ -50,7 +50,7 @@ from build_engines.export.blocks import Scope, write_encoder
 from build_engines.export.checkpoint import Checkpoint, open_checkpoint, well_formed
 from build_engines.export.graph import GraphBuilder
 from build_engines.export.heads import write_classifier, write_embedding, write_reranker
-from build_engines.export.sentence import encoder_folder, read_sentence
+from build_engines.export.sentence import Sentence, encoder_folder, read_sentence
 from build_engines.export.tokenizer import write_tokenizer
 from build_engines.graphs import EXTERNAL_THRESHOLD
 
@@ -97,19 +97,10 @@ def export_encoder(
     checkpoint = open_checkpoint(folder)
     with well_formed(folder / "config.json"):
         encoder = read_encoder(checkpoint)
-    with_token_types = task == "rerank" and encoder.token_types > 1
     scope = Scope(checkpoint, encoder, GraphBuilder(f"{encoder.family.model_type}-{task}"))
     with well_formed(source):
         sentence = read_sentence(source, pooling, normalize) if task == "embed" else None
-    read = sentence.pooling if sentence else encoder.head_pooling
-    hidden = write_encoder(scope, with_token_types=with_token_types, first_token_only=read == "cls")
-    labels, dimension = None, None
-    if task == "classify":
-        labels = write_classifier(scope, hidden)
-    elif sentence:
-        dimension = write_embedding(scope, hidden, sentence)
-    else:
-        write_reranker(scope, hidden)
+    labels, dimension = _write_graph(scope, task, sentence)
     _refuse_leftovers(checkpoint, encoder, task)
     out.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder, out, encoder.vocabulary)
@@ -129,6 +120,20 @@ def export_encoder(
         "max_positions": encoder.max_positions,
     }
     return ExportedGraph(path=path, inputs=inputs, outputs=outputs, serving=serving)
+
+
+def _write_graph(scope: Scope, task: str, sentence: Sentence | None) -> tuple[list[str] | None, int | None]:
+    """The encoder and the task's head; a classifier's labels and an embedder's dimension."""
+    encoder = scope.encoder
+    with_token_types = task == "rerank" and encoder.token_types > 1
+    read = sentence.pooling if sentence else encoder.head_pooling
+    hidden = write_encoder(scope, with_token_types=with_token_types, first_token_only=read == "cls")
+    if task == "classify":
+        return write_classifier(scope, hidden), None
+    if sentence:
+        return None, write_embedding(scope, hidden, sentence)
+    write_reranker(scope, hidden)
+    return None, None
 
 
 def _refuse_leftovers(checkpoint: Checkpoint, encoder: Encoder, task: str) -> None:

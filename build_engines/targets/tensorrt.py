@@ -88,18 +88,7 @@ class TensorRTTarget:
         # Asked for no card, TensorRT-RTX compiles for all of its default set.
         one_card = self.ahead_of_time and not self.portable
         job = _job(trt, graph, profile, compute_capability if one_card else None, progress)
-        engine = out / self.engine_file
-        build = _run(job, engine, decompose=False)
-        if build.failed and build.lacks_kernel:
-            if job.decoder is not None:
-                raise job.decoder.no_kernel(graph.name)
-            build = _run(job, engine, decompose=True)
-        if build.failed:
-            raise _refused(self.name, graph, build.errors)
-        if build.attention == "decomposed":
-            build.warnings.append(
-                "attention runs as matrix products: no fused kernel for these heads or types"
-            )
+        build = _built(job, out / self.engine_file, self.name)
         return {
             "versions": {self.name: str(trt.__version__)},
             "layers": build.layers,
@@ -180,6 +169,20 @@ class _Build:
                 self.activations.append(int(found[2]))
             else:
                 self.weights = int(found[2])
+
+
+def _built(job: _Job, engine: Path, library: str) -> _Build:
+    """Fused, or else with attention as matrix products. Raises CompileError."""
+    build = _run(job, engine, decompose=False)
+    if build.failed and build.lacks_kernel:
+        if job.decoder is not None:
+            raise job.decoder.no_kernel(job.graph.name)
+        build = _run(job, engine, decompose=True)
+    if build.failed:
+        raise _refused(library, job.graph, build.errors)
+    if build.attention == "decomposed":
+        build.warnings.append("attention runs as matrix products: no fused kernel for these heads or types")
+    return build
 
 
 def _run(job: _Job, target: Path, *, decompose: bool) -> _Build:
