@@ -128,7 +128,6 @@ class DecoderBuild(ModelBuild):
             "gates": asdict(self.model.gates),
             "code": code_digest(*_COMPILE_CODE),
         }
-
         manifest = {
             **self.facts(precision, target, self.model),
             "profile": profile.as_dict(),

@@ -280,17 +280,10 @@ def document(
     given: Workload, speeds: dict[str, Speed], served: dict[str, Served], rest: dict[str, Any]
 ) -> dict[str, Any]:
     """The model's part of the document: rates in tokens per second, times in ms."""
-    some = next(iter(served.values())).closed[1]
     return {
         "task": "generate",
         "unit": "tokens",
-        "prompts": {
-            "source": given.source,
-            "pool": len(given.pool),
-            "tokens_mean": round(some.prompt_tokens_mean, 1),
-            "tokens_max": some.prompt_tokens_max,
-            "new_tokens": given.new_tokens,
-        },
+        "prompts": _prompts(given, next(iter(served.values())).closed[1]),
         "baseline": {
             precision: {
                 size: {name: round(value, 2) for name, value in figures.items()}
@@ -325,6 +318,16 @@ def document(
             "baseline": {precision: round(speed.memory_mib, 1) for precision, speed in speeds.items()},
         },
         "ratios": {precision: ratios(speeds, s) for precision, s in served.items()},
+    }
+
+
+def _prompts(given: Workload, some: StreamPoint) -> dict[str, Any]:
+    return {
+        "source": given.source,
+        "pool": len(given.pool),
+        "tokens_mean": round(some.prompt_tokens_mean, 1),
+        "tokens_max": some.prompt_tokens_max,
+        "new_tokens": given.new_tokens,
     }
 
 
