@@ -121,6 +121,8 @@ class Control:
             details = str(error.details())
             if details.startswith(_BUSY):
                 raise Busy(details) from None
+            if error.code() == grpc.StatusCode.UNAVAILABLE:
+                raise self._gone(details) from None
             raise ServerError(f"{name} version {version}: {reason_of(details):.300}") from None
         if answer.model_version != str(version):
             raise ServerError(f"{name}: version {answer.model_version} answered for version {version}")
@@ -157,11 +159,14 @@ class Control:
                     next_step="allow more: --ready-timeout",
                 ) from None
             if code == grpc.StatusCode.UNAVAILABLE:
-                raise ServerError(
-                    f"the server at {self._url} is gone ({details:.200})",
-                    next_step="start it again: it serves what it served before (triton-repo serve)",
-                ) from None
+                raise self._gone(details) from None
             raise ServerError(reason_of(details)) from None
+
+    def _gone(self, details: str) -> ServerError:
+        return ServerError(
+            f"the server at {self._url} is gone ({details:.200})",
+            next_step="start it again: it serves what it served before (triton-repo serve)",
+        )
 
 
 def _message(name: str, version: int, inputs: Mapping[str, Input], *, batched: bool) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from triton_repo.running import read_running
 from triton_repo.runtime.encode import Encoder
 from triton_repo.runtime.generation import GenerationService
 from triton_repo.server import Server, ServerOptions
+from triton_repo.versions import ServedModel
 from triton_repo.writer import write_repository
 
 pytestmark = pytest.mark.serving
@@ -319,3 +321,39 @@ def test_a_killed_deploy_is_undone_and_a_restart_serves_what_was_deployed(site: 
     with Client(site.server.urls["grpc"]) as client:
         [answer] = client.embed([TEXTS[0]], model="vector")
     assert np.allclose(answer.vector, site.answers()[0][0], atol=1e-5)
+
+
+SERVER_KILLED = """
+import os, signal, sys
+from triton_repo import deploy
+from triton_repo.cli import main
+real = deploy.probe_served
+def probe_served(*given):
+    os.kill(int(os.environ["SERVER"]), signal.SIGKILL)
+    return real(*given)
+deploy.probe_served = probe_served
+main(sys.argv[1:])
+"""
+
+
+def test_a_server_that_dies_while_the_new_version_is_asked_starts_with_the_old_one(site: Site) -> None:
+    before = site.ready_versions()
+    site.put(1, ["vector"])
+    words = ["deploy", str(site.folder / "stack.toml"), "--build-dir", str(site.folder), "--model", "vector"]
+    done = subprocess.run(
+        [sys.executable, "-c", SERVER_KILLED, *words],
+        env={**os.environ, "SERVER": str(site.server.pid)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 20, done.stderr
+    assert "is gone" in done.stderr
+    assert "Traceback" not in done.stderr
+    site.server.stop()
+    site.server.start()
+    assert site.ready_versions() == before
+    [found] = site.deploy()[:1]
+    assert (found.name, found.action) == ("vector", "replace")
+    assert ServedModel(site.repository / "vector").kept == [found.old, found.new]
