@@ -27,6 +27,8 @@ from triton_repo.encoders import encoder_spec
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("build_engines", "calibration", "client", "triton_repo")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# A command keeps the help option of the first context that asks for it: as the command lines set it.
+HELP = ["-h", "--help"]
 COMMANDS: dict[str, click.Command] = {
     "build-engines": build_engines.cli.main,
     "triton-repo": triton_repo.cli.main,
@@ -94,7 +96,7 @@ def command_problem(words: list[str]) -> str | None:
         words, behind = words[:cut], words[cut + 1 :]
         if problem := command_problem(behind):
             return problem
-    command, context = COMMANDS[name], click.Context(COMMANDS[name])
+    command, context = COMMANDS[name], click.Context(COMMANDS[name], help_option_names=HELP)
     for word in words[1:]:
         if isinstance(command, click.Group) and not word.startswith("-"):
             found = command.get_command(context, word)
@@ -107,7 +109,7 @@ def command_problem(words: list[str]) -> str | None:
 
 
 def options_of(command: click.Command) -> set[str]:
-    parameters = command.get_params(click.Context(command))
+    parameters = command.get_params(click.Context(command, help_option_names=HELP))
     return {name for parameter in parameters for name in parameter.opts}
 
 

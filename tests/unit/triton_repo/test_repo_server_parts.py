@@ -226,7 +226,8 @@ def test_every_option_has_words_and_the_version_is_told() -> None:
         if isinstance(option, click.Option)
     ]
     assert not [option.name for option in options if not option.help]
-    assert __version__ in CliRunner().invoke(main, ["--version"]).output
+    told = CliRunner().invoke(main, ["--version"], prog_name="triton-repo")
+    assert told.output == f"triton-repo, version {__version__}\n"
 
 
 def test_a_missing_gpu_is_said_in_plain_words() -> None:
