@@ -37,7 +37,7 @@ def test_a_signal_stops_everything(one_model: Path, tmp_path: Path, number: sign
         assert process.wait(20) == (0 if number == signal.SIGTERM else 130)
         assert "Traceback" not in (process.stderr.read() if process.stderr else "")
     assert not alive(ready["pid"])
-    assert regions() == before
+    assert regions() <= before  # what a killed server left is removed by the next start
     with socket.socket() as probe:
         assert probe.connect_ex((http[0], int(http[1]))) != 0
 
@@ -59,7 +59,7 @@ def test_a_killed_server_is_reported_and_its_memory_freed(one_model: Path, tmp_p
         _, errors = process.communicate(timeout=20)
     assert process.returncode == ServerError.exit_code
     assert "tritonserver ended by itself (signal SIGKILL)" in errors
-    assert regions() == before
+    assert regions() <= before  # what a killed server left is removed by the next start
 
 
 def test_a_command_gets_the_addresses_and_its_exit_code_is_kept(one_model: Path, tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_model_that_cannot_load_is_named_with_the_reason(
     assert "vector" in caught.value.message
     assert reason in str(caught.value)
     assert "At:" not in str(caught.value)
-    assert regions() == before
+    assert regions() <= before  # what a killed server left is removed by the next start
 
 
 def test_a_taken_port_is_named_before_anything_starts(one_model: Path, tmp_path: Path) -> None:
