@@ -146,6 +146,7 @@ def test_metrics_count_what_was_done(talk: Talk, server: Server) -> None:
     assert (after["slots"], after["cache_capacity_tokens"]) == (SLOTS, SLOTS * CAPACITY)
 
 
-def test_without_the_library_the_load_error_says_so(repository: Path) -> None:
+def test_without_the_library_the_load_error_says_so(repository: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(repository, tmp_path / "repository")
     with pytest.raises(ServerError, match="TensorRT-LLM cannot be imported"):
-        Server(repository, ServerOptions(free_ports=True)).start()
+        Server(own, ServerOptions(free_ports=True)).start()
