@@ -9,7 +9,6 @@ import json
 import os
 import shlex
 import tempfile
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from build_engines.findings import Finding, refused
 from triton_repo import ports, shared_memory
 from triton_repo.installation import Installation, find_installation, shared_python
 from triton_repo.ports import Ports
+from triton_repo.running import answers
 
 if TYPE_CHECKING:
     from build_engines.stack import Stack
@@ -170,8 +170,10 @@ def find_running(stack: Stack, host: str, wanted: Ports) -> Running | None:
         if Path(command[0]).name == "tritonserver" and options.get("model-repository") == repository:
             at = options.get("http-address", host)
             own = Ports(*(int(options.get(f"{name}-port", port)) for name, port in wanted.named().items()))
-            return Running(pid=pid, host=at, ports=own, is_ready=_answers(at, own.http, "health/ready"))
-    if all(_answers(host, wanted.http, f"models/{name}/ready") for name in stack.models):
+            return Running(
+                pid=pid, host=at, ports=own, is_ready=answers(f"{at}:{own.http}", "health/ready", _READY_S)
+            )
+    if all(answers(f"{host}:{wanted.http}", f"models/{name}/ready", _READY_S) for name in stack.models):
         return Running(pid=None, host=host, ports=wanted, is_ready=True)
     return None
 
@@ -227,14 +229,6 @@ def _use(host: str, service: str, number: int) -> PortUse:
     return PortUse(
         service=service, number=number, refusal=refusal, holder=holder_of(number) if refusal else ""
     )
-
-
-def _answers(host: str, port: int, path: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://{host}:{port}/v2/{path}", timeout=_READY_S) as answer:
-            return bool(answer.status == 200)
-    except (OSError, ValueError):
-        return False
 
 
 def _instances(stack: Stack) -> int:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import http.client
 import json
 import os
 import time
+import urllib.request
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -24,6 +26,10 @@ from triton_repo.processes import stat_fields
 GRPC_PREFIX = "triton-grpc-protocol-"
 ADMIN_NAME = "onecard-admin-key"
 ADMIN_HEADER = GRPC_PREFIX + ADMIN_NAME
+
+# A server of our own is never reached through a proxy, which would read the admin key: the environment's
+# http_proxy is meant for other machines.
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 _FILE = "server.json"
 _MOST_BYTES = 1 << 16
@@ -57,6 +63,15 @@ class Running:
 
 def state_file(repository: Path) -> Path:
     return repository.resolve().parent / _FILE
+
+
+def answers(address: str, path: str, timeout_s: float) -> bool:
+    """Whether the server at host:port answers GET /v2/`path` with success."""
+    try:
+        with DIRECT.open(f"http://{address}/v2/{path}", timeout=timeout_s) as answer:
+            return bool(answer.status == 200)
+    except (OSError, ValueError, http.client.HTTPException):
+        return False
 
 
 def claim(repository: Path) -> int | None:

@@ -44,10 +44,6 @@ _DRAIN_BESIDE_A_DEAD_MODEL_S = 3.0
 # configurations, inference, statistics and metrics stay open.
 RESTRICTED = ("model-repository", "shared-memory", "trace", "logging")
 
-# A server of our own is never reached through a proxy, which would read the admin key: the environment's
-# http_proxy is meant for other machines.
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
 Progress = Callable[[int, int], None]
 
 
@@ -150,7 +146,7 @@ class Server:
 
     def answers(self, timeout_s: float = 2.0) -> bool:
         """Whether it says over HTTP that it lives."""
-        return self._says("live", timeout_s)
+        return running.answers(self.urls["http"], "health/live", timeout_s)
 
     def ended_error(self) -> ServerError:
         """Why it ended by itself, as far as the log tells."""
@@ -282,7 +278,7 @@ class Server:
                 if server_log.port_taken(log) and retry:
                     return False
                 raise self._start_error(log)
-            if self._says("ready", timeout_s=2):
+            if running.answers(self.urls["http"], "health/ready", timeout_s=2):
                 if progress:
                     progress(len(self.models), len(self.models))
                 return True
@@ -292,14 +288,6 @@ class Server:
             f"not ready after {self.options.ready_timeout_s:.0f} s; not loaded: {', '.join(missing) or '-'}",
             next_step=f"read {self.log}, or allow more time with --ready-timeout",
         )
-
-    def _says(self, what: str, timeout_s: float) -> bool:
-        url = f"http://{self.urls['http']}/v2/health/{what}"
-        try:
-            with _DIRECT.open(url, timeout=timeout_s) as answer:
-                return bool(answer.status == 200)
-        except (OSError, http.client.HTTPException):
-            return False
 
     def _start_error(self, log: str) -> ServerError:
         failed = server_log.failures(log)
@@ -366,5 +354,5 @@ class Server:
     def _control(self, what: str) -> bytes:
         url = f"http://{self.urls['http']}/v2/repository/{what}"
         request = urllib.request.Request(url, b"{}", dict([self.admin_header]))
-        with _DIRECT.open(request, timeout=_CONTROL_S) as answer:
+        with running.DIRECT.open(request, timeout=_CONTROL_S) as answer:
             return bytes(answer.read())
