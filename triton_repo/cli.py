@@ -17,7 +17,7 @@ import click
 
 from build_engines import __version__
 from build_engines.errors import OnecardError, ServerError
-from triton_repo.cli_deploy import deploy, repository_of, rollback
+from triton_repo.cli_deploy import deploy, ready_timeout_option, repository_of, rollback
 from triton_repo.container import IMAGE, docker_command
 from triton_repo.ports import Ports
 from triton_repo.server import Server, ServerOptions
@@ -129,13 +129,7 @@ def write(stack: Path, target: str | None, as_json: bool, **options: Any) -> Non
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 @_server_options
 @click.option("--free-ports", is_flag=True, help="Take any free ports instead.")
-@click.option(
-    "--ready-timeout",
-    type=click.FloatRange(min=1),
-    default=300,
-    show_default=True,
-    help="Seconds that the models may take to load.",
-)
+@ready_timeout_option
 @click.option(
     "--log",
     type=click.Path(dir_okay=False, path_type=Path),

@@ -22,7 +22,7 @@ ready_timeout_option = click.option(
     type=click.FloatRange(min=1),
     default=300,
     show_default=True,
-    help="Seconds that a version may take to be ready.",
+    help="Seconds that a model may take to be ready.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 
