@@ -95,13 +95,15 @@ class TritonPythonModel:
     def _read(self, request: Any) -> Any:
         """A ticket, or what to answer with: a fault of ours must not leave a client waiting either."""
         try:
+            # Triton's timeout is in microseconds, 0 for none.
+            timeout_s = request.timeout() / 1e6 or math.inf
+            level = self._read_level(self._parameters_of(request))
+            self._batcher.check(level, timeout_s)
             inputs = {
                 name: self._pb.get_input_tensor_by_name(request, name).as_numpy()
                 for name in self._service.inputs
             }
-            # Triton's timeout is in microseconds, 0 for none.
-            timeout_s = request.timeout() / 1e6 or math.inf
-            return self._ticket(inputs, self._read_level(self._parameters_of(request)), timeout_s)
+            return self._ticket(inputs, level, timeout_s)
         except Exception as error:
             self._batcher.refuse(error)
             return error

@@ -81,25 +81,28 @@ class TritonPythonModel:
         arrived = time.monotonic()
         for request in requests:
             call = _Call(Exchange(self._pb, request, self._log, self._watch.forget), arrived)
-            self._watch.add(call)
             try:
                 self._take_in(call, request)
-            except Exception as error:
+            except Exception as error:  # a fault of ours must not leave a client waiting either
                 self._service.refuse(error)
                 call.exchange.send(error)
 
     def _take_in(self, call: _Call, request: Any) -> None:
-        """Have it read, which takes as long as its prompt is; raises Busy where too many wait for that."""
-        from triton_repo.runtime.admission import full
+        """Have it read, which takes as long as its prompt is; raises Busy where that is not worth it, or too
+        many wait for it, and BadRequest."""
+        from triton_repo.runtime.admission import full, read_level, read_timeout
         from triton_repo.runtime.exchange import parameters_of
 
-        tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-        # Triton's timeout is in microseconds, 0 for none.
-        timeout_s = request.timeout() / 1e6 or math.inf
         parameters = parameters_of(request)
+        # Triton's timeout is in microseconds, 0 for none.
+        call.timeout_s = min(request.timeout() / 1e6 or math.inf, read_timeout(parameters))
+        call.level = read_level(parameters)
+        self._service.check(call.level, call.timeout_s, call.arrived)
+        tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         if not self._places.acquire(blocking=False):
             raise full(self._most_read)
-        self._readers.submit(self._begin, call, tensors, parameters, timeout_s)
+        self._watch.add(call)
+        self._readers.submit(self._begin, call, tensors, parameters)
 
     def finalize(self) -> None:
         """End what still runs, tell its clients, and free the engine before the interpreter goes."""
@@ -109,21 +112,19 @@ class TritonPythonModel:
         self._reporter.close()
         del self._service
 
-    def _begin(self, call: _Call, tensors: Mapping[str, Any], parameters: str, timeout_s: float) -> None:
-        from triton_repo.runtime.admission import read_level, read_timeout
+    def _begin(self, call: _Call, tensors: Mapping[str, Any], parameters: str) -> None:
         from triton_repo.runtime.texts import BadRequest
         from triton_repo.runtime.wire import Reply, read_fields
 
         try:
             try:
                 fields, stream = read_fields(tensors, parameters)
-                level, timeout_s = read_level(parameters), min(timeout_s, read_timeout(parameters))
             except BadRequest as error:
                 self._service.refuse(error)
                 raise
             reply = Reply(call.exchange.send, stream=stream)
             call.handle = self._service.submit(
-                fields, reply, level=level, timeout_s=timeout_s, arrived=call.arrived
+                fields, reply, level=call.level, timeout_s=call.timeout_s, arrived=call.arrived
             )
         except Exception as error:  # a fault of ours must not leave a client waiting either
             call.exchange.send(error)
@@ -133,10 +134,13 @@ class TritonPythonModel:
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """A request's way back, when it came (monotonic seconds), and the handle that stops it once accepted."""
+    """A request's way back, when it came (monotonic seconds), its urgency and its own limit in seconds, and
+    the handle that stops it once accepted."""
 
     exchange: Any
     arrived: float
+    level: int = 0
+    timeout_s: float = math.inf
     handle: Any = None
 
 

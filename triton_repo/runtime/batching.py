@@ -96,21 +96,28 @@ class Batcher:
         For the thread that also calls `submit`: whatever comes meanwhile waits for it to return, unseen by
         the queue. So nothing is answered here that takes long, or that may.
         """
+        if not tickets:
+            return []
         work = sum(map(self._measure, tickets))
         with self._changed:
             if self._busy or self._queue or sum(ticket.rows for ticket in tickets) >= self._service.max_rows:
                 return None
-            if tickets and self._queue.seconds_for(work) > _AT_ONCE_S:
+            if self._queue.seconds_for(work) > _AT_ONCE_S:
                 return None
         arrived = self._clock()
         answers = self._answers(tickets)
-        if tickets:
-            with self._changed:
-                self._queue.served(work, self._clock() - arrived)
+        with self._changed:
+            self._queue.served(work, self._clock() - arrived)
         for answer in answers:
             self._tally.queue.observe(0.0)
             self._count(answer, arrived)
         return answers
+
+    def check(self, level: int, timeout_s: float) -> None:
+        """Raises Busy for a request that would be rejected however short its texts are: before they are read,
+        so that a crowd does not keep the processor busy with being rejected."""
+        with self._changed:
+            self._queue.check(level=level, work=0.0, timeout_s=timeout_s)
 
     def submit(self, tickets: Sequence[tuple[Ticket, Exchanges]]) -> list[Busy | None]:
         """Take them in; returns at once, for each: None if it waits, else why it may not, for the caller to

@@ -17,7 +17,7 @@ from triton_repo.runtime.admission import Busy
 from triton_repo.runtime.events import line
 from triton_repo.runtime.texts import BadRequest, EngineFailed
 
-_MOST_LINES = 20
+_MOST_LINES = 5
 
 Answer = Mapping[str, npt.NDArray[Any]] | Exception
 
@@ -44,7 +44,7 @@ def reason_of(error: Exception) -> str:
 
 class EventLog:
     """Writes a line of Triton's log for a request of one model that was rejected or failed: its id and the
-    reason, nothing of its text. No more than 20 in a second: each is a round trip to the server process, and
+    reason, nothing of its text. No more than 5 in a second: each is a round trip to the server process, and
     a crowd that is rejected must not keep it busy. The metrics count all."""
 
     def __init__(self, pb_utils: Any, model: str) -> None:

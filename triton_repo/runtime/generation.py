@@ -106,6 +106,10 @@ class GenerationService:
         scheduler.start()
         return service
 
+    def check(self, level: int, timeout_s: float, arrived: float) -> None:
+        """Raises Busy for a request that would be rejected, before anything of it is read; counts nothing."""
+        self._scheduler.check(level, timeout_s, arrived)
+
     def submit(
         self,
         request: Mapping[str, Any],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -148,6 +149,9 @@ def test_a_full_queue_sends_away_at_once_or_the_least_urgent(bench: Bench) -> No
     waiting = [bench.ask(f"{n}") for n in range(6)]
     sent_away = bench.ask("too many")
     assert isinstance(sent_away.answer, Busy)
+    with pytest.raises(Busy, match="queue is full"):
+        bench.batcher.check(0, math.inf)
+    bench.batcher.check(1, math.inf)
     urgent = bench.ask("urgent", level=1)
     assert "more urgent requests" in str(waiting[-1].answer)
     assert bench.batcher.snapshot()["queue_requests"] == 6

@@ -209,6 +209,20 @@ def test_priority_and_timeout_go_along(loaded: Loaded) -> None:
     assert not request.sender.closed.is_set()
 
 
+def test_who_is_rejected_on_arrival_is_not_read_and_keeps_nobody_busy(loaded: Loaded) -> None:
+    loaded.service.full = True
+    loaded.service.gate.clear()  # no reader would come to it
+    before = time.monotonic()
+    rejected = loaded.ask("fault", parameters='{"onecard_priority": 1}', timeout_us=1_500_000)
+    assert [flags for _, flags in rejected.sender.sent] == [1], "told before execute returns"
+    assert rejected.sender.error.code == "UNAVAILABLE"
+    assert loaded.service.checked[:2] == (1, 1.5)
+    assert before <= loaded.service.checked[2] <= time.monotonic()
+    assert loaded.service.refused == 1
+    assert not loaded.model._watch._open
+    assert rejected.sender.polls == 0
+
+
 def test_no_more_requests_are_read_at_a_time_than_the_queue_and_the_slots_hold(loaded: Loaded) -> None:
     loaded.service.gate.clear()
     asked = [loaded.ask() for _ in range(7 + loaded.service.slots + 3)]

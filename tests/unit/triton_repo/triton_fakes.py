@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from triton_repo.runtime.admission import full
 from triton_repo.runtime.delivery import Delta
 from triton_repo.runtime.texts import BadRequest
 
@@ -159,7 +160,8 @@ class Handle:
 
 
 class Service:
-    """Keeps every request; tests push the deltas. The text "refuse" is refused, "fault" breaks."""
+    """Keeps every request; tests push the deltas. The text "refuse" is refused, "fault" breaks; while it is
+    `full` everyone is rejected."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
@@ -170,6 +172,7 @@ class Service:
         self.counts: dict[str, Any] = {}
         self.closed = False
         self.refused = 0
+        self.full = False
         self.urgency: list[tuple[int, float]] = []
         self.since: list[float] = []
         self.gate = threading.Event()  # a prompt is read when it is open
@@ -178,6 +181,11 @@ class Service:
     @classmethod
     def open(cls, folder: Any, **settings: Any) -> Service:
         return cls(settings)
+
+    def check(self, level: int, timeout_s: float, arrived: float) -> None:
+        self.checked = level, timeout_s, arrived
+        if self.full:
+            raise full(7)
 
     def submit(
         self,
