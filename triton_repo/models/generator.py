@@ -23,7 +23,7 @@ from typing import Any
 
 # To ask whether a client has gone is a round trip to the server process (0.1 ms of processor time, measured):
 # by the clock, therefore, not by the token, and for so many requests at a time.
-_POLL_S = 0.05
+_POLL_S = 0.1
 _POLLED_AT_A_TIME = 16
 _LAST_WORDS_S = 2.0
 # Two, so that a prompt which takes long to tokenize holds up nobody else's.
