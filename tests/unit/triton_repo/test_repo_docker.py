@@ -93,12 +93,30 @@ def test_every_stage_ends_without_root_and_copies_what_exists() -> None:
     assert copied == set(allowed)
 
 
+def started(arguments: list[str], folder: Path) -> list[str]:
+    """What tritonserver is given by the serving image's entry point."""
+    (folder / "tritonserver").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (folder / "tritonserver").chmod(0o755)
+    path = {"PATH": f"{folder}:{Path(sys.executable).parent}:/usr/bin:/bin"}
+    script = ["sh", str(DOCKER / "serve.sh"), *arguments]
+    return subprocess.run(script, env=path, capture_output=True, check=True, text=True).stdout.splitlines()
+
+
 def test_the_server_is_started_as_the_project_starts_it(compose: Any, tmp_path: Path) -> None:
-    command = compose["services"]["serve"]["command"]
+    stage = (DOCKER / "Dockerfile").read_text().split(" AS serve")[1].split("FROM ")[0]
+    assert 'ENTRYPOINT ["sh", "/onecard/serve.sh"]' in stage
+    command = started(compose["services"]["serve"]["command"], tmp_path)
+    again = started(compose["services"]["serve"]["command"], tmp_path)
+    keys = {word.rpartition("=")[2] for word in (*command, *again) if "restricted" in word}
+    assert len(keys) == 2, "each start has a key of its own, for both protocols"
+    assert min(map(len, keys)) >= 40
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.pbtxt").write_text('name: "m"\nresponse_cache { enable: true }\n')
     installation: Any = type("Found", (), {"binary": "tritonserver", "backends": None, "caches": None})
-    ours = Server(tmp_path)._command(installation)
+    server = Server(tmp_path)
+    server._key = command[-1].rpartition("=")[2]
+    ours = server._command(installation)
+    assert {word for word in ours if "restricted" in word} <= set(command)
     own = {word for word in ours if word.split("=")[0] in {entry.split("=")[0] for entry in command}}
     assert own - set(command) == {f"--model-repository={tmp_path}"}
     assert set(command) - own == {"--model-repository=/engines/repository"}
@@ -122,12 +140,13 @@ def test_the_health_check_asks_whether_every_model_is_ready(compose: Any, status
     server = HTTPServer(("127.0.0.1", 0), type("Own", (_Answers,), {"status": status}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     program = program.replace(":8000", f":{server.server_port}")
-    done = subprocess.run([sys.executable, flag, program], capture_output=True, check=False)
+    proxy = os.environ | {"http_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+    done = subprocess.run([sys.executable, flag, program], env=proxy, capture_output=True, check=False)
     server.shutdown()
     assert (done.returncode == 0) == healthy
 
 
-@pytest.mark.parametrize(("shell", "script"), [("bash", "up.sh"), ("sh", "tensorrt-version.sh")])
+@pytest.mark.parametrize(("shell", "script"), [("bash", "up.sh"), ("sh", "serve.sh"), ("sh", "tensorrt-version.sh")])
 def test_scripts_are_readable_to_their_shell(shell: str, script: str) -> None:
     subprocess.run([shell, "-n", str(DOCKER / script)], check=True)
     assert os.access(DOCKER / "up.sh", os.X_OK)
