@@ -123,7 +123,7 @@ class Queue:
     """What may wait for one model, in a queue of the served model's own.
 
     `max_size` requests at most; from arrival to the answer (of an LLM to its first token) `deadline_ms`: a
-    request that is not going to make it is sent away. Priorities run from 1 (first) to `priority_levels`.
+    request that is not going to make it is rejected. Priorities run from 1 (first) to `priority_levels`.
     `max_delay_us`: how long an encoder waits for more requests to run together.
     """
 

@@ -28,11 +28,11 @@ Reason = Literal["queue_full", "deadline", "expired", "displaced", "unloading"]
 # The rate is an average over about so many seconds in which somebody waited.
 _RATE_SECONDS = 2.0
 # The share of a deadline that an estimated wait may fill: the rest is for what the estimate does not see.
-_MARGIN = 0.6
+_WAIT_SHARE = 0.6
 # The share that goes by where no queue sees it: before a request is taken in, and behind its answer.
-_ELSEWHERE = 0.1
+_UNSEEN_SHARE = 0.1
 # Nobody is rejected by a rate that so few observations, of so few seconds, have told.
-_FEW, _FEW_SECONDS = 4, 1.0
+_CERTAIN_COUNT, _CERTAIN_SECONDS = 4, 1.0
 _LEAST_SHARE = 0.05
 
 
@@ -94,8 +94,8 @@ class _Entry:
     limit: float  # seconds, of which the last ones are for being served
 
     def expires(self, service: float) -> float:
-        spare = (1 - _MARGIN - _ELSEWHERE) * self.limit
-        return self.arrived + (1 - _ELSEWHERE) * self.limit - min(service, spare)
+        spare = (1 - _WAIT_SHARE - _UNSEEN_SHARE) * self.limit
+        return self.arrived + (1 - _UNSEEN_SHARE) * self.limit - min(service, spare)
 
 
 class AdmissionQueue(Generic[T]):
@@ -176,7 +176,7 @@ class AdmissionQueue(Generic[T]):
         limit = min(self.limits.deadline_s, timeout_s)
         waited = 0.0 if arrived is None else self._clock() - arrived
         wait = waited + self._wait(place, work)
-        if wait > _MARGIN * limit:
+        if wait > _WAIT_SHARE * limit:
             raise Busy(
                 f"the wait is too long: about {wait * 1000:.0f} ms, and the deadline is "
                 f"{limit * 1000:.0f} ms after arrival; try again later",
@@ -302,7 +302,7 @@ class _Rate:
     @property
     def is_certain(self) -> bool:
         """Whether somebody may be rejected by it."""
-        return self._count >= _FEW or (self._count > 1 and self._seconds >= _FEW_SECONDS)
+        return self._count >= _CERTAIN_COUNT or (self._count > 1 and self._seconds >= _CERTAIN_SECONDS)
 
     @property
     def pace(self) -> float:

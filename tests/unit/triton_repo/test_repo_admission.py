@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from triton_repo.runtime.admission import (
-    _ELSEWHERE,
-    _MARGIN,
+    _UNSEEN_SHARE,
+    _WAIT_SHARE,
     AdmissionQueue,
     Busy,
     Limits,
@@ -66,7 +66,7 @@ class Queueing(RuleBasedStateMachine):
         assert displaced == (youngest[1] if youngest else None)
         if youngest:
             self.waiting.remove(youngest)
-        until = self.clock.now + (1 - _ELSEWHERE) * min(10.0, timeout)
+        until = self.clock.now + (1 - _UNSEEN_SHARE) * min(10.0, timeout)
         self.waiting.append((place, self.number, until))
 
     @precondition(lambda self: self.waiting)
@@ -271,8 +271,8 @@ def test_one_at_a_time_waits_and_who_cannot_make_it_is_rejected_on_arrival(
     # The slot is free in one interval; who comes behind that one waits for two.
     for ahead in (1, 2, 3):
         with pytest.raises(Busy, match="the wait is too long"):
-            queue.check(timeout_s=0.99 * ahead * interval / _MARGIN)
-        queue.offer("waits", timeout_s=1.01 * ahead * interval / _MARGIN)
+            queue.check(timeout_s=0.99 * ahead * interval / _WAIT_SHARE)
+        queue.offer("waits", timeout_s=1.01 * ahead * interval / _WAIT_SHARE)
         queue.offer(object())
         queue.discard("waits")
 

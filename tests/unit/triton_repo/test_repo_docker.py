@@ -146,7 +146,9 @@ def test_the_health_check_asks_whether_every_model_is_ready(compose: Any, status
     assert (done.returncode == 0) == healthy
 
 
-@pytest.mark.parametrize(("shell", "script"), [("bash", "up.sh"), ("sh", "serve.sh"), ("sh", "tensorrt-version.sh")])
+@pytest.mark.parametrize(
+    ("shell", "script"), [("bash", "up.sh"), ("sh", "serve.sh"), ("sh", "tensorrt-version.sh")]
+)
 def test_scripts_are_readable_to_their_shell(shell: str, script: str) -> None:
     subprocess.run([shell, "-n", str(DOCKER / script)], check=True)
     assert os.access(DOCKER / "up.sh", os.X_OK)
