@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import random
 import sys
@@ -248,6 +249,40 @@ def test_a_full_queue_and_a_long_wait(serve: Callable[..., Any]) -> None:
     found = service.snapshot()
     assert (found["rejections_total"]["expired"], found["rejections_total"]["queue_full"]) == (1, 1)
     assert found["requests_total"] == {"completed": 1, "failed": 0, "cancelled": 0, "rejected": 2}
+
+
+def test_a_request_s_time_runs_from_its_arrival(serve: Callable[..., Any], library: Any) -> None:
+    service = serve(limits=Limits(deadline_s=30.0))
+    running, _ = start(service, text="good", ignore_eos=True, max_tokens=100, n=SLOTS)
+    library.wait_until(lambda: service.snapshot()["llm_slots_active"] == SLOTS)
+    long_ago = time.monotonic() - 20
+    with pytest.raises(Busy, match="the wait is too long"):
+        service.check(0, 30.0, long_ago)
+    with pytest.raises(Busy, match="the wait is too long"):
+        service.submit({"text": "good"}, [].append, arrived=long_ago)
+    deltas: list[Delta] = []
+    assert service.submit({"text": "good"}, deltas.append, arrived=time.monotonic() - 5).wait(20)
+    assert deltas[-1].usage is not None
+    assert deltas[-1].usage["queue_ms"] >= 5000
+    assert running.wait(20)
+    assert service.snapshot()["rejections_total"]["deadline"] == 1, "a check counts nothing"
+
+
+def test_how_long_answers_take_is_learned_from_those_that_were_whole(
+    serve: Callable[..., Any], library: Any
+) -> None:
+    service = serve()
+    queue = service._scheduler._queue
+    running, deltas = start(service, text="good", ignore_eos=True, max_tokens=100)
+    library.wait_until(lambda: deltas)
+    running.cancel()
+    assert running.wait(5)
+    assert queue.seconds_for(1.0) == math.inf
+    began = time.monotonic()
+    for _ in range(4):
+        assert start(service, text="good", ignore_eos=True, max_tokens=20)[0].wait(20)
+    each = (time.monotonic() - began) / 4
+    assert 0 < queue.seconds_for(float(SLOTS)) <= each
 
 
 def test_cancelling_wherever_a_request_is(serve: Callable[..., Any], library: Any) -> None:
