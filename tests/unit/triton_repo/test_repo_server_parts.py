@@ -11,12 +11,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from build_engines import __version__
 from build_engines.errors import ServerError
 from build_engines.stack import load_stack
 from triton_repo import installation, ports, server_log, shared_memory
@@ -208,26 +206,6 @@ def test_the_command_line_reports_errors_without_a_traceback(tmp_path: Path, rep
     assert result.output.startswith("docker run")
     result = CliRunner().invoke(main, ["write", str(tmp_path / "s.toml"), "--target", "cuda"])
     assert result.exit_code == 2
-
-
-@pytest.mark.parametrize("option", ["-h", "--help"])
-@pytest.mark.parametrize("command", [[], *([name] for name in main.commands)])
-def test_every_command_has_an_example(command: list[str], option: str) -> None:
-    result = CliRunner().invoke(main, [*command, option])
-    assert result.exit_code == 0
-    assert "Example" in result.output
-
-
-def test_every_option_has_words_and_the_version_is_told() -> None:
-    options = [
-        option
-        for command in main.commands.values()
-        for option in command.params
-        if isinstance(option, click.Option)
-    ]
-    assert not [option.name for option in options if not option.help]
-    told = CliRunner().invoke(main, ["--version"], prog_name="triton-repo")
-    assert told.output == f"triton-repo, version {__version__}\n"
 
 
 def test_a_missing_gpu_is_said_in_plain_words() -> None:
