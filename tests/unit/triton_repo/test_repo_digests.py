@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bounded import bounded
 from click.testing import CliRunner
 from repo_fakes import reseal
 
@@ -23,9 +24,9 @@ from build_engines.fetch import RECORD as FETCHED
 from build_engines.manifest import RECORD, file_record, run_stage
 from build_engines.stack import load_stack
 from triton_repo.runtime import fingerprint
+from triton_repo.runtime.seal import MAX_RECORD_BYTES, check_served, read_record
 from triton_repo.runtime.seal import RECORD as SEAL
-from triton_repo.runtime.seal import check_served
-from triton_repo.runtime.session import EngineRefused
+from triton_repo.runtime.session import MAX_MANIFEST_BYTES, EngineRefused, read_manifest
 from triton_repo.writer import seal, write_repository
 
 STACK = """
@@ -180,6 +181,22 @@ def test_a_record_that_cannot_be_believed(build: Path, record: str, content: str
     if content is not None:
         (build / record).write_text(content)
     assert found(build) == {(record, what)}
+
+
+@pytest.mark.parametrize(
+    ("name", "read", "most"),
+    [
+        ("manifest.json", read_manifest, MAX_MANIFEST_BYTES),
+        (SEAL, read_record, MAX_RECORD_BYTES),
+    ],
+)
+def test_a_record_larger_than_any_is_not_read(
+    tmp_path: Path, name: str, read: Callable[[Path], Any], most: int
+) -> None:
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(EngineRefused, match=rf"(larger|more) than {most:,} bytes"):
+        bounded(read, tmp_path)
 
 
 def test_a_manifest_of_another_engine(build: Path) -> None:
