@@ -148,7 +148,7 @@ def _remote_code(model: Model, what: str) -> FetchError:
         f"{model.source}: {what}",
         cause="such a model may not be what its config.json says, and its code is not ours to run",
         next_step=f"name a checkpoint of a standard architecture, or set allow_remote_code = true under "
-        f"[models.{model.name}] (the code is still never downloaded or run)",
+        f"[models.{model.name}] (Transformers then runs a folder's code when the engine is compared with it)",
     )
 
 

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Starts Triton with the APIs closed that change it or write where their caller says: by a key that nobody has.
+# Starts Triton with the APIs closed that change it or write where their caller says: by a key that is told to nobody.
+# Who may list this host's processes can read it.
 #
 #   serve.sh --model-repository=/engines/repository
 set -eu

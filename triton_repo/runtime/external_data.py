@@ -139,6 +139,9 @@ class _Walk:
             if self._fields > MAX_FIELDS:
                 raise self._damaged(f"has more than {MAX_FIELDS:,} fields")
             key, place = self._varint(place, end)
+            # Other readers drop what is beyond 32 bits, and find another field than we would.
+            if not 8 <= key < 1 << 32:
+                raise self._damaged("has a field of no number that there is")
             kind = key & 7
             if kind == _MESSAGE:
                 length, place = self._varint(place, end)

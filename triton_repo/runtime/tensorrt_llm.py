@@ -31,6 +31,7 @@ from triton_repo.runtime.texts import BadRequest, EngineFailed
 _FREE_SHARE = 0.9
 _PAGE = 32
 _CLOSING_S = 10.0
+_HURRY_S = 0.05
 # What TensorRT-LLM 1.2 takes and ignores, or answers with numbers of another meaning. Refused, because an
 # answer that looks as asked for and is not would be worse.
 _IGNORED = {
@@ -129,6 +130,7 @@ class LlmScheduler:
         self._free = engine.slots
         self._closing = False
         self._tasks: dict[Job, asyncio.Task[None]] = {}
+        self._timer: asyncio.TimerHandle | None = None
         self._counts = Counts(time.monotonic)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="tensorrt-llm", daemon=True)
@@ -219,14 +221,27 @@ class LlmScheduler:
             while found := self._queue.take(lambda job: job.request.params.n <= self._free, most=1):
                 self._free -= found[0].request.params.n
                 found[0].state = "running"
-                self._tasks[found[0]] = self._loop.create_task(self._serve(found[0]))
+                self._launch(found[0])
             soonest = self._queue.soonest
         if gave_up is not None:
             self._end(gave_up, "error", displaced())
         for job in late:
             self._end(job, "error", expired(self._queue.limits))
-        if soonest < math.inf:
-            self._loop.call_later(max(0.0, soonest - time.monotonic()), self._begin)
+        self._look_again(soonest - time.monotonic())
+
+    def _look_again(self, seconds: float) -> None:
+        """Come back for those whose time runs out. The queue knows only when that may be, so not in a hurry;
+        and once, however many came meanwhile."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+        if seconds < math.inf:
+            self._timer = self._loop.call_later(max(_HURRY_S, seconds), self._begin)
+
+    def _launch(self, job: Job) -> None:
+        task = self._tasks[job] = self._loop.create_task(self._serve(job))
+        # Not the task's own last act: one that is cancelled before its first step has none.
+        task.add_done_callback(lambda _: self._tasks.pop(job, None))
 
     def _stop(self, job: Job) -> None:
         self._end(job, "cancelled")
@@ -245,12 +260,6 @@ class LlmScheduler:
 
     async def _serve(self, job: Job) -> None:
         job.started = time.monotonic()
-        try:
-            await self._write_all(job)
-        finally:
-            del self._tasks[job]
-
-    async def _write_all(self, job: Job) -> None:
         try:
             async with asyncio.TaskGroup() as group:
                 for index in range(job.request.params.n):

@@ -218,6 +218,8 @@ def _deep() -> bytes:
         (b"\x3a", "ends inside a number"),
         (b"\x80" * 20, "ends inside a number"),
         (b"\x3b\x3c", "has a field of no kind"),
+        (b"\xba\x80\x80\x80\x10\x00", "has a field of no number"),  # ONNX Runtime takes it for a graph
+        (b"\x02\x00", "has a field of no number"),
         (b"\x3d\x00", "ends inside a field"),
         (b"\x3a" + b"\xff\xff\x03" + _deep()[-0xFFFF:], "ends inside"),
     ],

