@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,7 @@ ready_timeout_option = click.option(
     show_default=True,
     help="Seconds that a model may take to be ready.",
 )
+_STOPS = (signal.SIGTERM, signal.SIGHUP)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 
 
@@ -150,7 +153,7 @@ def _run(
     console = Console(stderr=True, highlight=False, markup=False)
     found = []
     try:
-        with console.status("looking at the server") as status:
+        with _stopped_in_order(), console.status("looking at the server") as status:
             rollout = Rollout(repository, control, status.update, ready_timeout_s=ready_timeout)
             for outcome in outcomes(rollout):
                 found.append(outcome)
@@ -163,6 +166,28 @@ def _run(
                 {"repository": str(repository.absolute()), "models": [outcome.as_dict() for outcome in found]}
             )
         )
+
+
+@contextlib.contextmanager
+def _stopped_in_order() -> Iterator[None]:
+    """SIGTERM and SIGHUP as an interrupt: what was begun is taken back."""
+    # One that is ignored stays so (nohup).
+    previous = {number: signal.getsignal(number) for number in _STOPS}
+    heard = [number for number in _STOPS if previous[number] is not signal.SIG_IGN]
+
+    def stop(signum: int, frame: object) -> None:
+        # A second one must not interrupt that.
+        for number in heard:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in heard:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in heard:
+            signal.signal(number, previous[number])
 
 
 def _line(outcome: Outcome) -> str:

@@ -3,7 +3,7 @@
 For each Triton model: the new version is written beside the old one, Triton loads it by a config of its own
 (its process opens the engine, probes it with its golden requests, and is warmed up), and when it is ready
 Triton sends new requests to it and lets the old version answer what it has. Until then config.pbtxt names the
-old version, so whatever happens, a restart serves one or the other.
+old version, and a new model has none, so whatever happens, a restart serves one or the other.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from triton_repo.runtime.golden import read_golden
 from triton_repo.runtime.seal import CONFIG
 from triton_repo.served_probe import probe_served
 from triton_repo.summary import now, served_record, usable_bytes, write_evaluation, write_summary
-from triton_repo.versions import ServedModel, last_deployed, served_versions
+from triton_repo.versions import ServedModel, last_deployed, served_versions, unfinished
 from triton_repo.writer import config_text, errors_of_ours, is_current, write_version
 
 _POLL_S = 0.05
@@ -111,6 +111,7 @@ class Rollout:
             ]
             require_room(list(models.values()), candidates, usable_bytes(stack))
             write_evaluation((entry.model for entry in entries), self.repository.parent)
+            self._summarize()
             for change in changes:
                 if change.name in models:
                     self._prune(models[change.name])
@@ -118,8 +119,7 @@ class Rollout:
                     served = served_record(stack, change.entry, self.repository.parent, written)
                     write_version(change.entry, self._aside / change.name, texts[change.name], served)
                 outcome = self._carried_out(change)
-                if change.action != "keep":
-                    self._summarize()
+                self._summarize()
                 yield outcome
 
     def rollback(self, model: str | None) -> Iterator[Outcome]:
@@ -152,6 +152,8 @@ class Rollout:
         if change.new is None:
             return self._remove(change, model)
         if change.old is None:
+            # Without a config a restart does not serve it.
+            (written / CONFIG).unlink()
             written.rename(model.folder)
             return self._add(change, model)
         (written / str(change.new)).rename(model.path(change.new))
@@ -167,9 +169,7 @@ class Rollout:
         config = model.config_of(change.new)
         try:
             taken = self._taken_up(change, model, config)
-            shutil.copyfile(model.path(change.new) / CONFIG, self._aside / CONFIG)
-            # From here on a restart serves the new version.
-            (self._aside / CONFIG).replace(model.folder / CONFIG)
+            self._put_config(model, change.new)
         except BaseException:
             self._take_back(change, model)
             raise
@@ -181,13 +181,13 @@ class Rollout:
         )
 
     def _add(self, change: Change, model: ServedModel) -> Outcome:
+        """Load a new model, which is on disk without its config. On any failure it goes."""
+        assert change.new is not None
         try:
-            taken = self._taken_up(change, model, model.config)
+            taken = self._taken_up(change, model, model.config_of(change.new))
+            self._put_config(model, change.new)
         except BaseException:
-            with contextlib.suppress(ServerError):
-                self.control.unload(change.name)
-                self._until_gone(change.name, _SETTLE_S)
-            self._put_aside(model.folder)
+            self._withdraw(model)
             raise
         return Outcome(name=change.name, action="add", old=None, new=change.new, **taken)
 
@@ -200,6 +200,21 @@ class Rollout:
         gone = self._until_gone(change.name, _DRAIN_S)
         seconds = round(time.monotonic() - started, 3) if gone else None
         return Outcome(name=change.name, action="remove", old=change.old, new=None, drain_s=seconds)
+
+    def _put_config(self, model: ServedModel, version: int) -> None:
+        """From here on a restart serves this version."""
+        shutil.copyfile(model.path(version) / CONFIG, self._aside / CONFIG)
+        (self._aside / CONFIG).replace(model.folder / CONFIG)
+
+    def _withdraw(self, model: ServedModel) -> None:
+        """A model that was not added after all goes from the server, as far as it is there, and the disk."""
+        with contextlib.suppress(ServerError):  # one that is gone will start without it
+            # A load goes on in the server when nobody waits for it any more; the next command finds the rest.
+            if not self._until(_quiet, model.name, self._timeout):
+                return
+            self.control.unload(model.name)
+            self._until_gone(model.name, _SETTLE_S)
+        self._put_aside(model.folder)
 
     def _taken_up(self, change: Change, model: ServedModel, config: Any) -> dict[str, Any]:
         """Load, probe in the model's process, warm up, switch: Triton's work; then ask over the network."""
@@ -257,17 +272,28 @@ class Rollout:
     def _writing(self) -> Iterator[None]:
         with errors_of_ours(self.repository), folder_aside(self.repository) as self._aside:
             self._settle()
-            yield
+            try:
+                yield
+            except BaseException:
+                # What was done before it; the reason for it is what matters.
+                with contextlib.suppress(OSError, RepositoryError):
+                    self._summarize()
+                raise
+            # Also where nothing changed: a command that was killed may have left it as it was before.
+            self._summarize()
 
     def _settle(self) -> None:
-        """Nothing on its way, and every model at the version that config.pbtxt names: a command that was
-        killed may have left the server at another."""
+        """Nothing on its way, every model at the version that config.pbtxt names, and none without one: a
+        command that was killed may have left the server at another."""
         for name in self.control.states():
             if not self._until(_quiet, name, _SETTLE_S):
                 raise BusyError(
                     f"{name}: another version is still being loaded, or answers what it has begun",
                     next_step="wait for it, then run again; where it never ends, restart the server",
                 )
+        for model in unfinished(self.repository):
+            self._report(f"{model.name}: a deploy that was adding it was cut off, removing it")
+            self._withdraw(model)
         for model in served_versions(self.repository):
             if model.config.platform:
                 raise RepositoryError(

@@ -189,7 +189,8 @@ def _patience(version: Path | None) -> float:
     try:
         served = _SERVED.search((version.parent / "config.pbtxt").read_text(encoding="utf-8"))
     except OSError:
-        return _CRASHED_AFTER_S
+        # Where its version has a config and the model none, the model is being added.
+        return _NOT_LOADED_AFTER_S if (version / "config.pbtxt").exists() else _CRASHED_AFTER_S
     return _CRASHED_AFTER_S if served is None or served[1] == version.name else _NOT_LOADED_AFTER_S
 
 

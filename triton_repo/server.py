@@ -236,7 +236,9 @@ class Server:
             str(installation.binary),
             f"--model-repository={self.repository}",
             "--model-control-mode=explicit",
-            "--load-model=*",
+            # Not `*`: a deploy that was killed may have left the folder of a model it was adding, without a
+            # config, and Triton would not start for it.
+            *(f"--load-model={name}" for name in served_models(self.repository)),
             # Or a version that is loading, or answers its last requests, would make the whole server unready.
             "--strict-readiness=false",
             f"--http-restricted-api={apis}:{running.ADMIN_HEADER}={self._key}",

@@ -1,6 +1,7 @@
 """The versions of a model: which is served, which other one is kept, and what each was written with.
 
-<repository>/<model>/config.pbtxt      names the version that is served, and no other
+<repository>/<model>/config.pbtxt      names the version that is served, and no other; a model that is being
+                                       added has none
 <repository>/<model>/<N>/config.pbtxt  the same, as it was written with version N
 <repository>/<model>/<N>/served.json   what the client's summary says of it, and when it was written
 """
@@ -17,7 +18,7 @@ from typing import Any, Final
 
 from build_engines.errors import RepositoryError
 from triton_repo.config_pbtxt import parse
-from triton_repo.runtime.seal import CONFIG, read_record
+from triton_repo.runtime.seal import CONFIG, is_model, read_record
 from triton_repo.runtime.session import EngineRefused
 
 SERVED: Final = "served.json"
@@ -85,6 +86,12 @@ class ServedModel:
 def served_versions(repository: Path) -> list[ServedModel]:
     """Every Triton model of a repository, by name."""
     return [ServedModel(path.parent) for path in sorted(repository.glob(f"*/{CONFIG}"))]
+
+
+def unfinished(repository: Path) -> list[ServedModel]:
+    """Models that a deploy has begun to add, and was killed: no config.pbtxt says that they are served."""
+    folders = [path for path in sorted(repository.iterdir()) if not (path / CONFIG).exists()]
+    return [ServedModel(path) for path in folders if is_model(path)]
 
 
 def last_deployed(models: Sequence[ServedModel], name: str | None) -> list[tuple[ServedModel, int]]:

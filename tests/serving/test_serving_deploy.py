@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -27,7 +28,7 @@ from build_engines.manifest import write_manifest
 from build_engines.stack import DataRef, Stack, load_stack
 from client import Client
 from triton_repo.cli import main
-from triton_repo.control import Control
+from triton_repo.control import Control, State
 from triton_repo.deploy import Outcome, Rollout
 from triton_repo.engine_entries import find_entries
 from triton_repo.running import read_running
@@ -357,3 +358,83 @@ def test_a_server_that_dies_while_the_new_version_is_asked_starts_with_the_old_o
     [found] = site.deploy()[:1]
     assert (found.name, found.action) == ("vector", "replace")
     assert ServedModel(site.repository / "vector").kept == [found.old, found.new]
+
+
+LOADING = """
+import os, sys
+from triton_repo.cli import main
+from triton_repo.deploy import Rollout
+Rollout._taken_up = lambda *given: os._exit(9)  # the new model is in the repository, and not loaded
+main(sys.argv[1:])
+"""
+EXTRA = """
+[models.extra]
+task = "embed"
+source = "./checkpoint-3/extra"
+precisions = ["fp32"]
+max_length = 64
+"""
+
+
+@pytest.fixture
+def extra(site: Site) -> Iterator[list[str]]:
+    """A model more in the stack file, and built, and the command that deploys it."""
+    stack, engine = site.folder / "stack.toml", site.built("extra")
+    before = stack.read_text()
+    stack.write_text(before + EXTRA)
+    checkpoint = write_checkpoint(site.folder / "checkpoint-3" / "extra", "embed", seed=3)
+    build_engine(checkpoint, engine, model="extra", task="embed")
+    record_encoder(engine, TEXTS, ())
+    site.seal(engine)
+    yield ["deploy", str(stack), "--build-dir", str(site.folder)]
+    stack.write_text(before)
+    shutil.rmtree(site.folder / "engines" / "extra")
+    shutil.rmtree(site.folder / "checkpoint-3")
+    site.deploy()
+
+
+def test_a_deploy_that_is_killed_while_it_adds_a_model_blocks_nothing(site: Site, extra: list[str]) -> None:
+    before, folder = site.ready_versions(), site.repository / "extra"
+    killed = subprocess.run([sys.executable, "-c", LOADING, *extra], timeout=120, check=False)
+    assert killed.returncode == 9
+    assert folder.is_dir()
+    site.server.stop()
+    site.server.start()
+    assert {name: ready for name, ready in site.ready_versions().items() if ready} == before
+    # The next command is about another model.
+    done = site.command(*extra, "--model", "vector")
+    assert done.returncode == 0, done.stderr
+    assert not folder.exists()
+    killed = subprocess.run([sys.executable, "-c", KILLED, *extra], timeout=120, check=False)
+    assert killed.returncode == 9
+    assert site.ready_versions()["extra"] == [1]
+    done = site.command(*extra, "--model", "vector")
+    assert done.returncode == 0, done.stderr
+    assert not folder.exists()
+    assert site.ready_versions() == before
+    done = site.command(*extra)
+    assert done.returncode == 0, done.stderr
+    assert len(site.ready_versions()["extra"]) == 1
+    assert (folder / "config.pbtxt").is_file()
+
+
+def test_a_deploy_that_is_told_to_stop_while_it_adds_a_model_takes_it_back(
+    site: Site, extra: list[str]
+) -> None:
+    before = site.ready_versions()
+    command = subprocess.Popen(
+        [sys.executable, "-m", "triton_repo.cli", *extra], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while Control(read_running(site.repository)).states().get("extra", {}).get(1) != State("LOADING"):
+        assert time.monotonic() < deadline
+        assert command.poll() is None
+        time.sleep(0.01)
+    command.send_signal(signal.SIGTERM)
+    _, said = command.communicate(timeout=60)
+    assert command.returncode == 130, said
+    assert "Traceback" not in said
+    assert not (site.repository / "extra").exists()
+    assert not list(site.folder.glob(".repository.aside-*"))
+    assert site.ready_versions() == before
+    assert site.server.fault() is None

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from chaos_tools import Work, figure, serving, wait_until
+from small_models import build_engine
 
 from build_engines.errors import ServerError
 from triton_repo.control import Control
@@ -41,26 +42,26 @@ def deploying(stack: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def new_process() -> int | None:
-    """The Python backend's process of version 2, once there is one."""
+def new_process(version: str) -> int | None:
+    """The Python backend's process of that version, once there is one."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            if b"/vector/2/model.py" in path.read_bytes():
+            if f"/{version}/model.py".encode() in path.read_bytes():
                 return int(path.parent.name)
     return None
 
 
-def as_it_loads(kill: Callable[[int], None]) -> None:
+def as_it_loads(kill: Callable[[int], None], version: str = "vector/2") -> None:
     """When its engine library is there: the death of one that it has not spoken with Triton never notices."""
 
     def seen() -> bool:
-        pid = new_process()
+        pid = new_process(version)
         with contextlib.suppress(OSError):
             return pid is not None and "onnxruntime" in Path(f"/proc/{pid}/maps").read_text()
         return False
 
     assert wait_until(seen, 30)
-    pid = new_process()
+    pid = new_process(version)
     assert pid
     kill(pid)
 
@@ -100,6 +101,33 @@ def test_a_new_version_whose_process_is_killed_leaves_the_old_one_serving(
         assert command.returncode == 0, said
         assert (versions(stack.parent), ready(stack.parent)) == ((2, [1, 2]), [2])
     figure("kill -9 of a version that loads", refused_s=refused, answered=work.answered, failed=0)
+
+
+def test_a_new_model_whose_process_is_killed_costs_the_others_nothing(
+    one_model: Path, tmp_path: Path
+) -> None:
+    stack = stack_with_a_change(one_model, tmp_path / "stack")
+    text = stack.read_text().removesuffix("cache = true\n")
+    stack.write_text(text + text[text.index("[models.vector]") :].replace("models.vector", "models.second"))
+    engine = stack.parent / "engines" / "second" / "fp32" / "onnxruntime"
+    build_engine(stack.parent / "vector", engine, model="second", task="embed")
+    with serving(stack.parent / "repository", tmp_path / "log", "--supervise") as served:
+        with Work(served.ready["urls"]["grpc"]) as work:
+            command = deploying(stack)
+            as_it_loads(lambda pid: os.kill(pid, signal.SIGKILL), "second/1")
+            killed = time.monotonic()
+            _, said = command.communicate(timeout=60)
+            refused = time.monotonic() - killed
+            time.sleep(3)  # who watches the processes must not restart the server for this
+        assert command.returncode == ServerError.exit_code, said
+        assert "second: version 1 was not taken up" in said
+        assert not [record for _, record in served.records if record.get("event") == "restart"]
+        assert not (stack.parent / "repository" / "second").exists()
+        assert (work.failures, work.wrong) == ([], 0)
+        command = deploying(stack)
+        _, said = command.communicate(timeout=60)
+        assert command.returncode == 0, said
+    figure("kill -9 of a new model that loads", refused_s=refused, answered=work.answered, failed=0)
 
 
 def test_a_server_killed_while_a_model_is_replaced_is_back_with_the_old_version(

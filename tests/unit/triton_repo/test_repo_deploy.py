@@ -9,7 +9,9 @@ import errno
 import json
 import os
 import shutil
+import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,18 +21,23 @@ import pytest
 from click.testing import CliRunner
 from repo_fakes import reseal
 
+from build_engines.digests import verify_digests
 from build_engines.errors import BusyError, PlanError, RepositoryError, ServerError
 from build_engines.stack import Stack, load_stack
-from triton_repo import writer
+from triton_repo import processes, writer
 from triton_repo.cli import main
+from triton_repo.cli_deploy import _stopped_in_order
 from triton_repo.config_pbtxt import parse
 from triton_repo.control import Arrays, Busy, Input, State
 from triton_repo.deploy import Outcome, Rollout
 from triton_repo.engine_entries import find_entries
+from triton_repo.installation import Installation
+from triton_repo.repository import served_models
 from triton_repo.running import Running, write_running
 from triton_repo.runtime.golden import packed
 from triton_repo.runtime.seal import check_served
 from triton_repo.runtime.session import check_files, read_manifest
+from triton_repo.server import Server as RealServer
 from triton_repo.versions import ServedModel, served_versions, version_of
 from triton_repo.writer import seal, write_repository
 
@@ -97,8 +104,10 @@ class Server:
         versions[version] = State("READY")
 
     def unload(self, name: str) -> None:
-        for version in self.versions[name]:
-            self.versions[name][version] = State("UNLOADING")
+        """Of one that it does not know, or never loaded, it says nothing."""
+        for version, state in self.versions.get(name, {}).items():
+            if state.phase == "READY":
+                self.versions[name][version] = State("UNLOADING")
 
     def ask(self, name: str, version: int, inputs: Mapping[str, Input], *, batched: bool) -> Arrays:
         if self.gone_when_asked:  # and supervised: it is back with what the disk says
@@ -171,6 +180,18 @@ class Place:
     def deploy(self, server: Server | None = None) -> list[Outcome]:
         entries = find_entries(self.stack, self.folder / "engines", "onnxruntime")
         return list(self.rollout(server).deploy(self.stack, entries, lambda name: True))
+
+    def add_variant(self) -> None:
+        """`words-int8`, in the stack file and built."""
+        text = (self.folder / "stack.toml").read_text()
+        text = text.replace('precisions = ["fp16"]', 'precisions = ["fp16", "int8"]')
+        (self.folder / "stack.toml").write_text(text)
+        self.engine_folder(self.folder / "engines", "words", "int8", "embed")
+
+    def variants(self) -> dict[str, dict[str, str]]:
+        """What stack.json says."""
+        models = json.loads((self.folder / "stack.json").read_text())["models"]
+        return {name: model["variants"] for name, model in models.items()}
 
     def on_disk(self) -> dict[str, tuple[int, list[int]]]:
         return {model.name: (model.version, model.kept) for model in served_versions(self.repository)}
@@ -260,17 +281,164 @@ def test_a_version_that_does_not_load_changes_nothing(place: Place) -> None:
 
 
 def test_a_new_variant_that_does_not_load_is_gone(place: Place) -> None:
-    path = place.folder / "stack.toml"
-    path.write_text(STACK.replace('precisions = ["fp16"]', 'precisions = ["fp16", "int8"]'))
-    place.engine_folder(place.folder / "engines", "words", "int8", "embed")
+    place.add_variant()
     place.server.refused.add(("words-int8", 1))
     with pytest.raises(ServerError, match="words-int8: version 1 was not taken up"):
         place.deploy()
     assert not (place.repository / "words-int8").exists()
-    assert (
-        "words-int8"
-        not in json.loads((place.folder / "stack.json").read_text())["models"]["words"]["variants"]
-    )
+    assert place.variants()["words"] == {"fp16": "words"}
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("command", ["deploy", "rollback"])
+def test_a_new_model_whose_deploy_is_killed_as_it_loads_blocks_nothing(
+    place: Place, command: str, loaded: bool
+) -> None:
+    """Neither a restart nor the next command, where it does not load or was loaded just then."""
+    place.rebuild("sentiment", "int8", b"second")
+    place.deploy()
+    place.add_variant()
+
+    def killed() -> int:
+        place.server.load = lambda *given: os._exit(9)  # type: ignore[method-assign]
+        place.deploy()
+        return 0
+
+    assert in_child(killed) == 9
+    assert (place.repository / "words-int8" / "1").is_dir()
+    assert loaded_by_a_restart(place) == {"sentiment", "sentiment-fp16", "words"}
+    place.server.refused.add(("words-int8", 1))
+    if loaded:
+        place.server.versions["words-int8"] = {1: State("READY")}
+    (place.folder / "stack.toml").write_text(STACK)
+    if command == "deploy":
+        place.rebuild("sentiment", "int8", b"third")
+        assert actions(place.deploy())["sentiment"] == ("replace", 2, 3)
+    else:
+        assert actions(list(place.rollout().rollback(None))) == {"sentiment": ("roll back", 2, 1)}
+    assert place.server.serving().keys() == {"sentiment", "sentiment-fp16", "words"}
+    assert not (place.repository / "words-int8").exists()
+    assert leftovers(place.folder) == []
+
+
+def loaded_by_a_restart(place: Place) -> set[str]:
+    installation = Installation(Path("tritonserver"), None, None, (), "PATH")
+    words = RealServer(place.repository)._command(installation)
+    return {word.removeprefix("--load-model=") for word in words if word.startswith("--load-model=")}
+
+
+def test_a_model_is_served_by_a_restart_once_it_was_taken_up(place: Place) -> None:
+    place.add_variant()
+    load, found = place.server.load, []
+
+    def loading(config: Any, timeout_s: float) -> None:
+        found.append(config.name in served_models(place.repository))
+        load(config, timeout_s)
+
+    place.server.load = loading  # type: ignore[method-assign]
+    assert actions(place.deploy())["words-int8"] == ("add", None, 1)
+    assert found == [False]
+    assert "words-int8" in loaded_by_a_restart(place)
+
+
+def test_a_new_model_that_is_interrupted_as_it_loads_goes_when_it_has_loaded(place: Place) -> None:
+    """Triton goes on loading: the folder stays until it is done with it."""
+    place.add_variant()
+    folder, states = place.repository / "words-int8", place.server.states
+
+    def interrupted(config: Any, timeout_s: float) -> None:
+        place.server.versions[config.name] = {1: State("LOADING")}
+        raise KeyboardInterrupt
+
+    def loads() -> dict[str, dict[int, State]]:
+        found = states()
+        if found.get("words-int8") == {1: State("LOADING")}:
+            assert folder.is_dir()
+            place.server.versions["words-int8"] = {1: State("READY")}
+        return found
+
+    place.server.load = interrupted  # type: ignore[method-assign]
+    place.server.states = loads  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        place.deploy()
+    assert not folder.exists()
+    assert "words-int8" not in place.server.serving()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_stop_is_an_interrupt_and_a_second_one_nothing(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+
+    def taken_back() -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        finally:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(KeyboardInterrupt), _stopped_in_order():
+        taken_back()
+    assert signal.getsignal(number) is before
+
+
+def test_a_hangup_that_is_ignored_stays_so() -> None:
+    """Under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _stopped_in_order():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_who_watches_the_processes_leaves_triton_time_for_one_that_is_not_served_yet(place: Place) -> None:
+    served, later = place.repository / "words" / "1", place.repository / "words" / "2"
+    assert processes._patience(served) == processes._CRASHED_AFTER_S
+    assert processes._patience(later) == processes._NOT_LOADED_AFTER_S
+    (place.repository / "words" / "config.pbtxt").unlink()  # as of a model that is being added
+    assert processes._patience(served) == processes._NOT_LOADED_AFTER_S
+
+
+def with_evaluation(place: Place) -> Path:
+    """Data that `sentiment` is measured with, and is served with."""
+    data = place.folder / "reviews.jsonl"
+    data.write_text(json.dumps({"text": "good", "label": "positive"}) + "\n")
+    path = place.folder / "stack.toml"
+    path.write_text(STACK.replace('task = "classify"', 'task = "classify"\nevaluation = "reviews.jsonl"'))
+    write_repository(place.stack, place.folder / "engines", place.repository)
+    assert verify_digests(place.folder).problems == []
+    return data
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_new_evaluation_data_is_recorded_whatever_becomes_of_the_models(place: Place, refused: bool) -> None:
+    data = with_evaluation(place)
+    data.write_text(json.dumps({"text": "bad", "label": "negative"}) + "\n")
+    if refused:
+        place.rebuild("sentiment", "int8", b"bad")
+        place.server.refused.add(("sentiment", 2))
+    with pytest.raises(ServerError) if refused else contextlib.nullcontext():
+        place.deploy()
+    assert "bad" in (place.folder / "evaluation" / "sentiment.jsonl").read_text()
+    assert verify_digests(place.folder).problems == []
+
+
+def test_what_was_switched_before_an_interrupt_is_in_stack_json(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the old version answers what it has begun."""
+
+    def interrupted(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Rollout, "_drained", interrupted)
+    path = place.folder / "stack.toml"
+    path.write_text(STACK.replace('["int8", "fp16"]', '["fp16", "int8"]'))
+    with pytest.raises(KeyboardInterrupt):
+        place.deploy()
+    assert place.server.serving()["sentiment"] == [2]
+    assert place.variants()["sentiment"] == {"fp16": "sentiment"}
+    assert verify_digests(place.folder).problems == []
 
 
 def with_golden(place: Place) -> None:
@@ -594,7 +762,7 @@ def test_a_failure_at_any_step_leaves_what_a_restart_serves(place: Place, tmp_pa
     template, steps = place, _count_steps(place.copied(tmp_path / "count"))
     assert steps > 12
     for number in range(1, steps + 1):
-        place = template.copied(tmp_path / f"{number}")
+        place = template.copied(tmp_path / f"step-{number}")
 
         def die() -> None:
             os._exit(9)
@@ -616,6 +784,9 @@ def test_a_failure_at_any_step_leaves_what_a_restart_serves(place: Place, tmp_pa
         assert place.served("sentiment") == b"third"
         assert leftovers(place.folder) == []
         assert {path.name for path in place.repository.iterdir()} == {"sentiment", "words", "words-int8"}
+        variants = {"sentiment": {"int8": "sentiment"}, "words": {"fp16": "words", "int8": "words-int8"}}
+        assert place.variants() == variants, number
+        assert verify_digests(place.folder).problems == [], number
 
 
 def _count_steps(place: Place) -> int:
