@@ -18,7 +18,9 @@ from client.generate import Prompt, parameters, request_inputs
 
 _ENCODER_REQUESTS = 64
 _STREAMS = 40
-_MOST_WORDS = 60
+# About as many as the encoders read (256 tokens).
+_MOST_WORDS = 180
+_MOST_WORDS_OF_A_PROMPT = 60
 _LEFT_AFTER = 4
 # Beside how many whole streams there is one whose client goes away.
 _LEFT_SHARE = 4
@@ -102,7 +104,7 @@ def _encoded(model: str, rng: random.Random) -> list[Shot]:
 
 
 def _encoder_inputs(model: str, rng: random.Random) -> Iterator[Inputs]:
-    """Texts of 3 to 60 words, short ones more often; one request in three has several."""
+    """Texts of 3 to 180 words, short ones more often; one request in three has several."""
     if model == "order":
         groups = load_groups("bundled:ranking:evaluation", limit=_ENCODER_REQUESTS)
         for group in groups:
@@ -112,10 +114,10 @@ def _encoder_inputs(model: str, rng: random.Random) -> Iterator[Inputs]:
     words = [word for review in load_texts("bundled:reviews:evaluation") for word in review.text.split()]
     for _ in range(_ENCODER_REQUESTS):
         rows = rng.choice((1, 1, 3))
-        yield {"text": codec.text_column([_text(words, rng).encode() for _ in range(rows)])}
+        yield {"text": codec.text_column([_text(words, rng, _MOST_WORDS).encode() for _ in range(rows)])}
 
 
-def _text(words: Sequence[str], rng: random.Random, most: int = _MOST_WORDS) -> str:
+def _text(words: Sequence[str], rng: random.Random, most: int) -> str:
     count = round(math.exp(rng.uniform(math.log(3), math.log(most))))
     start = rng.randrange(len(words) - count)
     return " ".join(words[start : start + count])
@@ -132,7 +134,7 @@ def _streams(rng: random.Random) -> list[Shot]:
     words = [word for review in load_texts("bundled:reviews:evaluation") for word in review.text.split()]
     shots = []
     for _ in range(_STREAMS):
-        text, tokens = _text(words, rng, 60), rng.randrange(8, 33)
+        text, tokens = _text(words, rng, _MOST_WORDS_OF_A_PROMPT), rng.randrange(8, 33)
         fields = {"text": text, "max_tokens": tokens, "temperature": 0.0, "ignore_eos": True}
         (answer,) = service.generate(fields)
         sent = payload(served.LLM, _stream(text.encode(), max_tokens=tokens))
