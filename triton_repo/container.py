@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from build_engines.errors import ServerError
-from triton_repo.repository import uses_cache
+from triton_repo.repository import served_models, uses_cache
 from triton_repo.running import ADMIN_HEADER, ADMIN_NAME
 from triton_repo.server import RESTRICTED, ServerOptions
 from triton_repo.versions import served_versions
@@ -47,6 +47,9 @@ def docker_command(repository: Path, options: ServerOptions, image: str | None =
         "tritonserver",
         "--model-repository=/models",
         "--disable-auto-complete-config",
+        # By name, as `triton-repo serve` does: a folder without a config would stop the start.
+        "--model-control-mode=explicit",
+        *(f"--load-model={name}" for name in served_models(repository)),
         *([f"--cache-config=local,size={options.cache_mib << 20}"] if uses_cache(repository) else []),
     ]
     install = ["pip", "install", "--quiet", *_requirements(manifests)]

@@ -195,9 +195,11 @@ class Rollout:
         self._report(f"{change.name}: unloading")
         started = time.monotonic()
         self.control.unload(change.name)
-        # At once, or what starts or settles the server next would serve it again. Its process has read all.
-        self._put_aside(model.folder)
+        # At once, or what starts or settles the server next would serve it again.
+        self._put_aside(model.folder / CONFIG)
         gone = self._until_gone(change.name, _DRAIN_S)
+        if gone:  # else the next command does it: with the folder, Triton forgets what still answers
+            self._put_aside(model.folder)
         seconds = round(time.monotonic() - started, 3) if gone else None
         return Outcome(name=change.name, action="remove", old=change.old, new=None, drain_s=seconds)
 
@@ -292,7 +294,7 @@ class Rollout:
                     next_step="wait for it, then run again; where it never ends, restart the server",
                 )
         for model in unfinished(self.repository):
-            self._report(f"{model.name}: a deploy that was adding it was cut off, removing it")
+            self._report(f"{model.name}: a deploy was cut off, removing it")
             self._withdraw(model)
         for model in served_versions(self.repository):
             if model.config.platform:
@@ -314,7 +316,7 @@ class Rollout:
         for entry in entries:
             model = models.get(entry.name)
             if model is None:
-                new = self._next_version(entry.name)
+                new = self._first_version(entry)
                 found.append(Change(name=entry.name, action="add", old=None, new=new, entry=entry))
             elif is_current(entry, model):
                 version = model.version
@@ -329,6 +331,11 @@ class Rollout:
             if name not in wanted and goes(model.summary(model.version)["model"]):
                 found.append(Change(name=name, action="remove", old=model.version, new=None))
         return found
+
+    def _first_version(self, entry: Entry) -> int:
+        """Of a model that is not served. The server forgets one that was removed and its response cache does
+        not, so a cached one's number is a time: no earlier model of this name had it."""
+        return int(time.time()) if entry.model.cache else self._next_version(entry.name)
 
     def _next_version(self, name: str, kept: Sequence[int] = ()) -> int:
         """Greater than any that has answered: a number says which version an answer is of."""

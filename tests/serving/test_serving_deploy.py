@@ -438,3 +438,34 @@ def test_a_deploy_that_is_told_to_stop_while_it_adds_a_model_takes_it_back(
     assert not list(site.folder.glob(".repository.aside-*"))
     assert site.ready_versions() == before
     assert site.server.fault() is None
+
+
+def test_a_cached_model_that_comes_back_is_not_answered_for_by_the_one_before(
+    site: Site, extra: list[str]
+) -> None:
+    """Triton's response cache outlives a model that is unloaded."""
+    stack = site.folder / "stack.toml"
+    without, cached = stack.read_text().removesuffix(EXTRA), stack.read_text() + "cache = true\n"
+
+    def vectors() -> list[np.ndarray[Any, Any]]:
+        with Client(f"http://{site.server.urls['http']}") as client:
+            return [client.embed([text], model="extra")[0].vector for text in TEXTS]
+
+    stack.write_text(cached)
+    site.deploy()
+    old = vectors()
+    assert np.array_equal(vectors(), old)
+    stack.write_text(without)
+    assert ("extra", "remove") in [(found.name, found.action) for found in site.deploy()]
+    assert "extra" not in Control(read_running(site.repository)).states()
+    shutil.rmtree(site.built("extra"))
+    checkpoint = write_checkpoint(site.folder / "checkpoint-4" / "extra", "embed", seed=4)
+    build_engine(checkpoint, site.built("extra"), model="extra", task="embed")
+    record_encoder(site.built("extra"), TEXTS, ())
+    site.seal(site.built("extra"))
+    stack.write_text(cached)
+    site.deploy()
+    encoder = Encoder.open(site.built("extra"))
+    expected = encoder.encode(encoder.tokenizer.singles(TEXTS))
+    assert np.allclose(vectors(), expected, atol=1e-5)
+    assert not np.allclose(old, expected, atol=1e-2)

@@ -62,9 +62,9 @@ max_length = 16
 
 
 class Server:
-    """Model control as Triton does it. `refused`: versions that do not load; `answers`: what one says, by
-    version; `busy`: it takes no request; `gone_when_asked`: it dies of one; `endless`: what it has begun
-    never ends."""
+    """Model control as Triton does it, which forgets a model whose folder is gone. `refused`: versions that
+    do not load; `answers`: what one says, by version; `busy`: it takes no request; `gone_when_asked`: it dies
+    of one; `endless`: what it has begun never ends."""
 
     def __init__(self, repository: Path) -> None:
         self.repository = repository
@@ -79,6 +79,8 @@ class Server:
         self.loads: list[tuple[str, int]] = []
 
     def states(self) -> dict[str, dict[int, State]]:
+        there = {path.name for path in self.repository.iterdir()}
+        self.versions = {name: versions for name, versions in self.versions.items() if name in there}
         found = {name: dict(versions) for name, versions in self.versions.items()}
         if not self.endless:
             for versions in self.versions.values():
@@ -545,15 +547,30 @@ def test_a_removed_model_does_not_come_back_while_its_last_requests_run(
     place.server.endless = True
     outcome = place.deploy()[-1]
     assert (outcome.name, outcome.action, outcome.drain_s) == ("sentiment-fp16", "remove", None)
-    assert not (place.repository / "sentiment-fp16").exists()
+    assert "sentiment-fp16" not in place.on_disk(), "a restart does not serve it"
     with pytest.raises(BusyError, match="sentiment-fp16: another version is still"):
         place.deploy()
     place.server.endless = False
     place.deploy()
     assert place.server.loads == []
-    # Its number has answered requests.
-    path.write_text(STACK)
-    assert actions(place.deploy())["sentiment-fp16"] == ("add", None, 2)
+    assert not (place.repository / "sentiment-fp16").exists()
+
+
+def test_a_cached_model_that_comes_back_has_a_number_that_it_never_had(place: Place) -> None:
+    """The response cache outlives a model, and would answer for the old one."""
+    cached = STACK.replace('task = "classify"', 'task = "classify"\ncache = true')
+    path = place.folder / "stack.toml"
+    path.write_text(cached)
+    place.deploy()
+    assert ServedModel(place.repository / "sentiment-fp16").config.response_cache.enable
+    path.write_text(cached.replace('["int8", "fp16"]', '["int8"]'))
+    assert actions(place.deploy())["sentiment-fp16"] == ("remove", 2, None)
+    path.write_text(cached)
+    before = int(time.time())
+    action, _, new = actions(place.deploy())["sentiment-fp16"]
+    assert action == "add"
+    assert before <= new <= time.time()
+    assert place.server.serving()["sentiment-fp16"] == [new]
 
 
 def test_rollback_undoes_the_last_deploy_and_no_other(place: Place) -> None:

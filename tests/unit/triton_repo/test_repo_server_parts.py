@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -175,6 +176,9 @@ def test_the_container_command_pins_what_built_the_engines(repository: Path) -> 
     assert f"{repository}:/models:ro" in words
     assert "onnxruntime==1.31.1" in words[-1]
     assert "--gpus" not in words
+    (repository / "begun").mkdir()
+    loaded = set(re.findall(r"--load-model=(\S+)", docker_command(repository, options)[-1]))
+    assert loaded == {path.parent.name for path in repository.glob("*/config.pbtxt")}
     subprocess.run(["bash", "-n", "-c", words[-1]], check=True)
     for kind, name in (("http-restricted-api", ADMIN_HEADER), ("grpc-restricted-protocol", ADMIN_NAME)):
         assert f'"--{kind}=model-repository,shared-memory,trace,logging:{name}=$key"' in words[-1]
