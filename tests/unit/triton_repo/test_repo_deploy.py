@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -367,20 +367,26 @@ def test_a_new_model_that_is_interrupted_as_it_loads_goes_when_it_has_loaded(pla
     assert "words-int8" not in place.server.serving()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_to_stop_is_an_interrupt_and_a_second_one_nothing(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
+@pytest.fixture
+def usual(request: pytest.FixtureRequest) -> Iterator[signal.Signals]:
+    """A signal as a shell's commands have it, whatever runs the tests."""
+    before = signal.signal(request.param, signal.SIG_DFL)
+    yield request.param
+    signal.signal(request.param, before)
 
+
+@pytest.mark.parametrize("usual", [signal.SIGTERM, signal.SIGHUP], indirect=True)
+def test_a_signal_to_stop_is_an_interrupt_and_a_second_one_nothing(usual: signal.Signals) -> None:
     def taken_back() -> None:
         try:
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), usual)
             time.sleep(5)
         finally:
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), usual)
 
     with pytest.raises(KeyboardInterrupt), _stopped_in_order():
         taken_back()
-    assert signal.getsignal(number) is before
+    assert signal.getsignal(usual) is signal.SIG_DFL
 
 
 def test_a_hangup_that_is_ignored_stays_so() -> None:
