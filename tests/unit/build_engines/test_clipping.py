@@ -22,7 +22,8 @@ def output_errors(weight: Any, codes: Any, scale: Any, rows: Any) -> Any:
 def plain_codes(weight: Any) -> tuple[Any, Any]:
     """Absmax, as it is written everywhere: the largest magnitude of a channel is code 127."""
     scale = np.maximum(np.abs(weight).max(axis=0) / 127, 2.0**-20).astype(np.float16).astype(np.float32)
-    return np.clip(np.rint(weight / scale), -127, 127), scale
+    # Multiplied, as the module does: a weight halfway between two codes may go to either.
+    return np.clip(np.rint(weight * (1 / scale)), -127, 127), scale
 
 
 def plain_errors(weight: Any, rows: Any) -> Any:
