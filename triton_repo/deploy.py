@@ -119,7 +119,8 @@ class Rollout:
                     served = served_record(stack, change.entry, self.repository.parent, written)
                     write_version(change.entry, self._aside / change.name, texts[change.name], served)
                 outcome = self._carried_out(change)
-                self._summarize()
+                if change.action != "keep":
+                    self._summarize()
                 yield outcome
 
     def rollback(self, model: str | None) -> Iterator[Outcome]:

@@ -110,7 +110,6 @@ class Server:
     def restart(self) -> None:
         """Start again after `stop`, on the ports it had, with what the repository holds now. Raises as
         `start` does."""
-        self.models = served_models(self.repository)
         self._start(None, free_ports=False)
 
     def stop(self, within_s: float | None = None) -> None:
@@ -168,6 +167,7 @@ class Server:
         self.stop()
 
     def _start(self, progress: Progress | None, *, free_ports: bool) -> None:
+        self.models = served_models(self.repository)
         try:
             self._claim = running.claim(self.repository)
             self._serve(progress, free_ports=free_ports)
@@ -238,7 +238,7 @@ class Server:
             "--model-control-mode=explicit",
             # Not `*`: a deploy that was killed may have left the folder of a model it was adding, without a
             # config, and Triton would not start for it.
-            *(f"--load-model={name}" for name in served_models(self.repository)),
+            *(f"--load-model={name}" for name in self.models),
             # Or a version that is loading, or answers its last requests, would make the whole server unready.
             "--strict-readiness=false",
             f"--http-restricted-api={apis}:{running.ADMIN_HEADER}={self._key}",

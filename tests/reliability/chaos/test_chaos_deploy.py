@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from chaos_tools import Work, figure, serving, wait_until
+from chaos_tools import Serving, Work, figure, serving, wait_until
 from small_models import build_engine
 
 from build_engines.errors import ServerError
@@ -78,24 +78,30 @@ def ready(folder: Path) -> list[int]:
     return [version for version, state in states.items() if state.phase == "READY"]
 
 
+def refused_as_it_loads(served: Serving, stack: Path, version: str) -> tuple[str, Work, float]:
+    """What a deploy says whose new process is killed, the load that noticed nothing, the seconds it took."""
+    with Work(served.ready["urls"]["grpc"]) as work:
+        command = deploying(stack)
+        as_it_loads(lambda pid: os.kill(pid, signal.SIGKILL), version)
+        killed = time.monotonic()
+        _, said = command.communicate(timeout=60)
+        refused = time.monotonic() - killed
+        time.sleep(3)  # who watches the processes must not restart the server for this
+    assert command.returncode == ServerError.exit_code, said
+    assert not [record for _, record in served.records if record.get("event") == "restart"]
+    assert (work.failures, work.wrong) == ([], 0)
+    return said, work, refused
+
+
 def test_a_new_version_whose_process_is_killed_leaves_the_old_one_serving(
     one_model: Path, tmp_path: Path
 ) -> None:
     stack = stack_with_a_change(one_model, tmp_path / "stack")
     with serving(stack.parent / "repository", tmp_path / "log", "--supervise") as served:
-        with Work(served.ready["urls"]["grpc"]) as work:
-            command = deploying(stack)
-            as_it_loads(lambda pid: os.kill(pid, signal.SIGKILL))
-            killed = time.monotonic()
-            _, said = command.communicate(timeout=60)
-            refused = time.monotonic() - killed
-            time.sleep(3)  # who watches the processes must not restart the server for this
-        assert command.returncode == ServerError.exit_code, said
+        said, work, refused = refused_as_it_loads(served, stack, "vector/2")
         assert "vector: version 2 was not taken up" in said
         assert "version 1 serves on" in said
-        assert not [record for _, record in served.records if record.get("event") == "restart"]
         assert versions(stack.parent) == (1, [1])
-        assert (work.failures, work.wrong) == ([], 0)
         command = deploying(stack)
         _, said = command.communicate(timeout=60)
         assert command.returncode == 0, said
@@ -112,18 +118,9 @@ def test_a_new_model_whose_process_is_killed_costs_the_others_nothing(
     engine = stack.parent / "engines" / "second" / "fp32" / "onnxruntime"
     build_engine(stack.parent / "vector", engine, model="second", task="embed")
     with serving(stack.parent / "repository", tmp_path / "log", "--supervise") as served:
-        with Work(served.ready["urls"]["grpc"]) as work:
-            command = deploying(stack)
-            as_it_loads(lambda pid: os.kill(pid, signal.SIGKILL), "second/1")
-            killed = time.monotonic()
-            _, said = command.communicate(timeout=60)
-            refused = time.monotonic() - killed
-            time.sleep(3)  # who watches the processes must not restart the server for this
-        assert command.returncode == ServerError.exit_code, said
+        said, work, refused = refused_as_it_loads(served, stack, "second/1")
         assert "second: version 1 was not taken up" in said
-        assert not [record for _, record in served.records if record.get("event") == "restart"]
         assert not (stack.parent / "repository" / "second").exists()
-        assert (work.failures, work.wrong) == ([], 0)
         command = deploying(stack)
         _, said = command.communicate(timeout=60)
         assert command.returncode == 0, said
