@@ -61,6 +61,7 @@ _BY_STATUS: dict[str, type[ClientError]] = {
 _BEGINNINGS: tuple[tuple[str, type[ClientError]], ...] = (
     ("the queue is full", QueueFull),
     ("the wait is too long", QueueFull),
+    ("the wait was too long: the request's own", DeadlineExceeded),  # it is the caller's time that ran out
     ("the wait was too long", QueueTimeout),
     ("the model is being unloaded", Overloaded),
     ("the request was cancelled", Cancelled),

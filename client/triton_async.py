@@ -58,8 +58,11 @@ class Grpc(_PerLoop):
     def __init__(self, endpoint: Endpoint, access: Access) -> None:
         super().__init__(endpoint, access)
         self._channel = _Channel(endpoint, access)
+        self._left: set[asyncio.Task[Any]] = set()  # calls that nobody waits for any more
 
     async def close(self) -> None:
+        if self._left and self._loop is asyncio.get_running_loop():
+            await asyncio.wait(self._left, timeout=wire.GRACE_S)
         await self._channel.close()
         await super().close()
 
@@ -78,11 +81,30 @@ class Grpc(_PerLoop):
     async def infer(self, request: InferRequest, timeout: float) -> InferReply:
         try:
             arguments = wire.infer_arguments(tritonclient.grpc, request, timeout, self._access)
-            return wire.reply_of(request, await self._client().infer(**arguments, client_timeout=timeout))
+            call = asyncio.ensure_future(self._client().infer(**arguments))
+            return wire.reply_of(request, await self._within(timeout, call))
         except Exception as error:
             raise translate(
                 error, url=self.endpoint.url, model=request.model, request_id=request.request_id
             ) from error
+
+    async def _within(self, timeout: float, call: asyncio.Task[Any]) -> Any:
+        """The call's result. Where it is late, or whoever waits is cancelled, it gets its time to end."""
+        try:
+            done, _ = await asyncio.wait((call,), timeout=timeout)
+        finally:
+            if not call.done():
+                self._left.add(call)
+                call.add_done_callback(self._forget)
+                asyncio.get_running_loop().call_later(wire.GRACE_S, call.cancel)
+        if not done:
+            raise TimeoutError
+        return call.result()
+
+    def _forget(self, call: asyncio.Task[Any]) -> None:
+        self._left.discard(call)
+        if not call.cancelled():
+            call.exception()  # or asyncio would report that nobody asked
 
     async def ask(self, question: Question, model: str, timeout: float) -> Any:
         method = getattr(self._client(), wire.QUESTIONS[question])

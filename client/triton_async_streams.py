@@ -104,7 +104,7 @@ class Grpc(_Stream):
     async def _next(self) -> InferReply | None:
         if self._call is None:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(self._opened())
-            message = wire.stream_message(self._request, self._timeout)
+            message = wire.infer_message(self._request, self._timeout)
             self._call = stub.ModelStreamInfer(iter([message]), metadata=tuple(self._headers.items()))
         response = await self._call.read()
         while response is not grpc.aio.EOF and response.error_message:

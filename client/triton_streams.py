@@ -56,7 +56,7 @@ class Grpc:
         self._closed = False
         try:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-            message = wire.stream_message(request, timeout)
+            message = wire.infer_message(request, timeout)
             self._call = stub.ModelStreamInfer(iter([message]), metadata=tuple(metadata.items()))
         except Exception as error:
             raise stream_failure(error, url, request) from error

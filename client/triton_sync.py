@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import gevent
+import grpc
 import tritonclient.grpc
 import tritonclient.http
+from tritonclient.grpc._utils import get_error_grpc
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from . import triton_streams, wire
 from .access import Access
@@ -25,11 +29,15 @@ class Grpc:
         self._client = tritonclient.grpc.InferenceServerClient(
             endpoint.address, creds=credentials, channel_args=wire.channel_arguments(endpoint.address)
         )
-        self._channel: Any = None  # for streams; opened with the first
+        self._channel: Any = None  # for streams and brief calls; opened with the first
+        self._left: set[Any] = set()  # calls that nobody waits for any more
         self._lock = threading.Lock()
 
     def infer(self, request: InferRequest, timeout: float) -> InferReply:
         try:
+            # A longer wait hardly ends in the moment of its answer; a plain call takes 0.14 of 1.1 ms less.
+            if timeout < wire.GRACE_S:
+                return self._infer_briefly(request, timeout)
             arguments = wire.infer_arguments(tritonclient.grpc, request, timeout, self._access)
             return wire.reply_of(request, self._client.infer(**arguments, client_timeout=timeout))
         except Exception as error:
@@ -37,13 +45,32 @@ class Grpc:
                 error, url=self.endpoint.url, model=request.model, request_id=request.request_id
             ) from error
 
+    def _infer_briefly(self, request: InferRequest, timeout: float) -> InferReply:
+        """A call that is late gets its time to end. tritonclient's such calls are not for several threads:
+        its object remembers one."""
+        call = GRPCInferenceServiceStub(self._own_channel()).ModelInfer.future(
+            wire.infer_message(request, timeout),
+            timeout=timeout + wire.GRACE_S,
+            metadata=tuple(self._access.headers(request.request_id).items()),
+        )
+        try:
+            return wire.reply_of(request, tritonclient.grpc.InferResult(call.result(timeout)))
+        except grpc.FutureTimeoutError:
+            self._left.add(call)
+            call.add_done_callback(self._left.discard)
+            raise TimeoutError from None
+        except grpc.RpcError as error:
+            raise get_error_grpc(error) from error
+
     def stream(self, request: InferRequest, timeout: float) -> triton_streams.Grpc:
+        metadata = self._access.headers(request.request_id)
+        return triton_streams.Grpc(self._own_channel(), self.endpoint.url, request, timeout, metadata)
+
+    def _own_channel(self) -> Any:
         with self._lock:
             if self._channel is None:
                 self._channel = triton_streams.open_channel(self.endpoint, self._access)
-            channel = self._channel
-        metadata = self._access.headers(request.request_id)
-        return triton_streams.Grpc(channel, self.endpoint.url, request, timeout, metadata)
+            return self._channel
 
     def ask(self, question: Question, model: str, timeout: float) -> Any:
         method = getattr(self._client, wire.QUESTIONS[question])
@@ -58,6 +85,10 @@ class Grpc:
             raise translate(error, url=self.endpoint.url, model=model or None, request_id=None) from error
 
     def close(self) -> None:
+        deadline = time.monotonic() + wire.GRACE_S
+        for call in tuple(self._left):
+            with suppress(grpc.RpcError, grpc.FutureTimeoutError, grpc.FutureCancelledError):
+                call.result(max(0.0, deadline - time.monotonic()))
         self._client.close()
         if self._channel is not None:
             self._channel.close()

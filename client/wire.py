@@ -19,6 +19,11 @@ CHANNEL_ARGUMENTS: list[tuple[str, Any]] = [
 ]
 # gRPC asks the proxy that the environment names (grpc_proxy, https_proxy, http_proxy) even for this machine.
 _DIRECT = ("grpc.enable_http_proxy", 0)
+# Triton 2.51 crashes when a unary gRPC call is cancelled, or its deadline passes, in the microsecond of its
+# answer: here after some thousand deadlines of a few ms (mended by the server's pull requests 7840 and 8078).
+# So a caller whose time is over just stops waiting, and the call is given up so many seconds later. It has
+# mostly been answered by then: the model is told the caller's time.
+GRACE_S = 1.0
 # Triton's own priority reaches no Python model, so the models read a parameter of ours.
 PRIORITY = "onecard_priority"
 
@@ -56,10 +61,10 @@ def input_tensors(module: Any, request: InferRequest) -> list[Any]:
     return tensors
 
 
-def stream_message(request: InferRequest, timeout: float | None = None) -> Any:
-    """The ModelInferRequest that a stream carries; `timeout` in seconds is for its first response.
+def infer_message(request: InferRequest, timeout: float | None = None) -> Any:
+    """The ModelInferRequest of a call or a stream; `timeout` in seconds is for its first response.
 
-    The stream is opened without Triton's header `triton_grpc_error`, which would turn an error text into a
+    A stream is opened without Triton's header `triton_grpc_error`, which would turn an error text into a
     status: with it Triton 2.51 crashes within some tens of errors (signal 11).
     """
     import tritonclient.grpc

@@ -17,7 +17,7 @@ from ..codec import InferRequest
 from ..errors import BenchError
 from ..generate import OUTPUTS, parameters, request_inputs
 from ..generate import Prompt as WirePrompt
-from ..wire import channel_arguments, stream_message
+from ..wire import channel_arguments, infer_message
 from .generate_data import Prompt
 from .loadgen import REJECTED_PAUSE_S, STRAGGLERS_S, never, percentile
 
@@ -165,7 +165,7 @@ def serialize(model: str, prompt: Prompt, new_tokens: int, *, ignore_eos: bool =
         request_id="",
         decoupled=True,
     )
-    payload: bytes = stream_message(request).SerializeToString()
+    payload: bytes = infer_message(request).SerializeToString()
     return payload
 
 

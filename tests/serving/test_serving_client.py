@@ -25,6 +25,7 @@ from client import (
     ClientError,
     DeadlineExceeded,
     InvalidInput,
+    Overloaded,
     QueueFull,
     QueueTimeout,
     RetryPolicy,
@@ -160,9 +161,23 @@ def test_one_bad_text_in_a_split_list_fails_the_call_and_leaves_the_server_well(
 
 def test_a_deadline_that_has_passed_is_a_deadline(call: Any) -> None:
     texts = sentences(600, seed=8)
-    with pytest.raises(DeadlineExceeded):
+    # Sent side by side, the parts of the list are a crowd that the server may turn away at once.
+    with pytest.raises((DeadlineExceeded, QueueFull)):
         call("embed", texts, model="vector", timeout=0.004)
     assert call("embed", "good", model="vector").vector.shape == (32,)
+
+
+def test_time_that_runs_out_in_the_queue_is_the_callers(call: Any, url: str) -> None:
+    """However it ends, here or there, at no time the server's own deadline (10 s) has passed."""
+    seen = set()
+    with occupied(url, "vector"):
+        for place in range(40):
+            try:
+                call("embed", sentences(1, seed=place)[0], model="vector", timeout=0.001 + place / 4000)
+            except (DeadlineExceeded, Overloaded) as error:
+                seen.add(type(error))
+    assert DeadlineExceeded in seen
+    assert seen <= {DeadlineExceeded, QueueFull}
 
 
 def test_the_same_client_is_right_after_a_deadline(url: str) -> None:

@@ -332,13 +332,13 @@ def displaced() -> Busy:
     return Busy("the queue is full: more urgent requests took the places; try again later", "displaced")
 
 
-def expired(limits: Limits) -> Busy:
-    """What the sender of a request is told whose time ran out."""
-    return Busy(
-        f"the wait was too long: the deadline is {limits.deadline_s * 1000:.0f} ms after arrival, or the "
-        "request's own timeout; try again later",
-        "expired",
-    )
+def expired(limits: Limits, timeout_s: float) -> Busy:
+    """What the sender of a request is told whose time ran out: the model's, or its own where that is less."""
+    if timeout_s < limits.deadline_s:
+        limit = f"the request's own timeout is {timeout_s * 1000:.0f} ms; allow more"
+    else:
+        limit = f"the deadline is {limits.deadline_s * 1000:.0f} ms after arrival; try again later"
+    return Busy(f"the wait was too long: {limit}", "expired")
 
 
 def unloading() -> Busy:

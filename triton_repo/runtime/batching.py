@@ -182,7 +182,7 @@ class Batcher:
                 with self._changed:
                     late = self._queue.expired()
                 for ticket in late:
-                    self._end(ticket, expired(self._queue.limits))
+                    self._end(ticket, expired(self._queue.limits, ticket.timeout_s))
                 with self._changed:
                     batch = self._next_batch()
                 self._serve(batch)

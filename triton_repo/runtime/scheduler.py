@@ -183,7 +183,7 @@ class Scheduler:
         with self._changed:
             late = self._queue.expired()
         for job in late:
-            self._end(job, "error", expired(self._queue.limits))
+            self._end(job, "error", expired(self._queue.limits, job.request.timeout_s))
 
     def _prefill(self) -> None:
         """At most one chunk; the last one of a prompt gives all its samples their first token."""

@@ -226,7 +226,7 @@ class LlmScheduler:
         if gave_up is not None:
             self._end(gave_up, "error", displaced())
         for job in late:
-            self._end(job, "error", expired(self._queue.limits))
+            self._end(job, "error", expired(self._queue.limits, job.request.timeout_s))
         self._look_again(soonest - time.monotonic())
 
     def _look_again(self, seconds: float) -> None:

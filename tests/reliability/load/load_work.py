@@ -12,7 +12,7 @@ import numpy.typing as npt
 from tritonclient.grpc import InferResult, service_pb2
 
 from client.codec import Array, InferRequest
-from client.wire import stream_message
+from client.wire import infer_message
 
 # What the composition of a batch may change of an FP32 answer; of one that is in order it is some 1e-6.
 TOLERANCE = 1e-3
@@ -97,7 +97,7 @@ class Shot:
 def payload(model: str, inputs: Mapping[str, Array]) -> bytes:
     """A serialized request, of either kind of call."""
     request = InferRequest(model=model, inputs=inputs, outputs=(), request_id="")
-    made: bytes = stream_message(request).SerializeToString(deterministic=True)
+    made: bytes = infer_message(request).SerializeToString(deterministic=True)
     return made
 
 

@@ -27,6 +27,7 @@ from client.errors import (
     Untrusted,
 )
 from client.failures import translate
+from triton_repo.runtime.admission import Limits, expired
 
 
 def triton(message: str, status: str) -> InferenceServerException:
@@ -74,6 +75,8 @@ RECORDED = [
     (triton("in ensemble 'm', the queue is full: 9 wait", "StatusCode.UNAVAILABLE"), QueueFull),
     (triton("the wait is too long: about 3 s", "StatusCode.UNAVAILABLE"), QueueFull),
     (triton("the wait was too long: 2 s", "503"), QueueTimeout),
+    (triton(str(expired(Limits(), 2.0)), "503"), DeadlineExceeded),
+    (triton(str(expired(Limits(deadline_s=60.0), 99.0)), "503"), QueueTimeout),
     (triton("the model is being unloaded", "StatusCode.UNAVAILABLE"), Overloaded),
     (
         triton(
