@@ -10,7 +10,7 @@ ClientError (30)
 ├── DeadlineExceeded (35)     no answer within the time the caller gave
 ├── Overloaded (36)           the server refuses work for now; trying again later is right
 │   ├── QueueFull (36)        rejected at once: no room, or too many wait for it to be answered in time
-│   └── QueueTimeout (36)     its time ran out in the model's queue
+│   └── QueueTimeout (36)     the model's deadline passed while it waited
 ├── ServerFault (37)          the server failed while computing
 │   └── UnexpectedAnswer (37) the server answered something that is not what the model promises
 ├── BenchError (38)           the benchmark cannot run: bad summary file, baseline or chart library missing
