@@ -383,6 +383,19 @@ def test_what_crashes_triton_is_taken_out_wherever_underscores_pass(authority: P
             assert headers["other_header"] == "1"
 
 
+def test_the_calls_that_may_crash_triton_can_be_left_out(
+    call: Any, served: Served, authority: Path, tmp_path: Path
+) -> None:
+    """As docs/serving.md says, for callers that are not to be relied on."""
+    less = {"|Statistics|Infer|StreamInfer)": "|Statistics|StreamInfer)"}
+    access = {"token": TOKEN, "ca": authority}
+    with Proxy(tmp_path / "nginx", authority, NAMES, served.server.urls, less) as proxy:
+        with pytest.raises(AccessDenied):
+            call(f"grpcs://127.0.0.1:{proxy.port}", access, "classify", "good", model="label")
+        assert call(f"grpcs://127.0.0.1:{proxy.port}", access, "describe", "label").name == "label"
+        assert call(f"https://127.0.0.1:{proxy.port}", access, "classify", "good").label in LABELS
+
+
 def test_too_many_at_once_are_turned_away(authority: Path, tmp_path: Path) -> None:
     async def load(port: int, token: str) -> list[int]:
         import aiohttp
