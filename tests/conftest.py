@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import gc
+import signal
 import socket
 import urllib.request
 from collections.abc import Iterator
 
 import pytest
+
+
+def pytest_configure() -> None:
+    """Who runs the tests in the background or under nohup has these ignored, and so have all children."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True, scope="module")
