@@ -20,7 +20,7 @@ CHANNEL_ARGUMENTS: list[tuple[str, Any]] = [
 # gRPC asks the proxy that the environment names (grpc_proxy, https_proxy, http_proxy) even for this machine.
 _DIRECT = ("grpc.enable_http_proxy", 0)
 # Triton 2.51 crashes when a unary gRPC call is cancelled, or its deadline passes, in the microsecond of its
-# answer: here after some thousand deadlines of a few ms (mended by the server's pull requests 7840 and 8078).
+# answer: here after 200 to 1,800 deadlines of a few ms (mended by the server's pull requests 7840 and 8078).
 # So a caller whose time is over just stops waiting, and the call is given up so many seconds later. It has
 # mostly been answered by then: the model is told the caller's time.
 GRACE_S = 1.0

@@ -160,6 +160,8 @@ def test_one_bad_text_in_a_split_list_fails_the_call_and_leaves_the_server_well(
 
 
 def test_a_deadline_that_has_passed_is_a_deadline(call: Any) -> None:
+    with pytest.raises(DeadlineExceeded):
+        call("embed", longest_batch(), model="vector", timeout=0.001)
     texts = sentences(600, seed=8)
     # Sent side by side, the parts of the list are a crowd that the server may turn away at once.
     with pytest.raises((DeadlineExceeded, QueueFull)):
@@ -191,6 +193,10 @@ def test_the_same_client_is_right_after_a_deadline(url: str) -> None:
             np.testing.assert_allclose(client.embed(text, model="vector").vector, expected[text], atol=2e-5)
 
 
+def longest_batch() -> list[str]:
+    return [" ".join(random.Random(place).choices(ASCII, k=60)) for place in range(MAX_BATCH)]
+
+
 @contextlib.contextmanager
 def occupied(url: str, model: str) -> Iterator[None]:
     """Three callers with the longest full batches: one runs, one waits, and a crowd meets a full queue.
@@ -198,7 +204,7 @@ def occupied(url: str, model: str) -> Iterator[None]:
     Single short texts alone do not do it: a fast machine answers each before the next one arrives.
     """
     done = threading.Event()
-    batch = [" ".join(random.Random(place).choices(ASCII, k=60)) for place in range(MAX_BATCH)]
+    batch = longest_batch()
 
     def work() -> None:
         with Client(url, retry=NO_RETRY) as client:
